@@ -1,0 +1,266 @@
+"""Sizes and kinds, all static under ``jit``: what a table, a pool and a cache are built from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import os
+from enum import Enum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pyagent_kv_jax.errors import ConfigError, DeviceUnavailableError
+
+_MAX_INT32 = 2**31 - 1
+
+
+class DeviceType(str, Enum):
+    """Where the pages live. ``MPS`` is known by name so that asking for it can be refused clearly."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+    TPU = "tpu"
+    MPS = "mps"
+
+    @classmethod
+    def default(cls) -> DeviceType:
+        """The kind of device JAX uses when it is not told otherwise."""
+        return {"gpu": cls.CUDA, "cuda": cls.CUDA, "tpu": cls.TPU}.get(jax.default_backend(), cls.CPU)
+
+    def devices(self) -> list[jax.Device]:
+        """This process's devices of this kind.
+
+        Raises:
+            DeviceUnavailableError: there are none, or JAX cannot drive this kind (``MPS``).
+        """
+        if self is DeviceType.MPS:
+            raise DeviceUnavailableError("device 'mps' is not supported: want one of 'cpu', 'cuda', 'tpu'")
+        try:
+            return jax.local_devices(backend=self.value)
+        except RuntimeError as error:
+            hidden = os.environ.get("JAX_PLATFORMS")
+            hint = f"; JAX_PLATFORMS={hidden!r} may hide it: add {self.value!r} to it" if hidden else ""
+            raise DeviceUnavailableError(f"no {self.value!r} device in this process{hint} ({error})") from error
+
+
+class DType(str, Enum):
+    """What one stored element of K or V is. ``FP8`` is float8_e4m3fn."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    INT8 = "int8"
+    FP8 = "fp8"
+
+    @property
+    def jax_dtype(self) -> Any:
+        """The logical element type, e.g. ``jnp.float8_e4m3fn`` for ``FP8``."""
+        return jnp.dtype(jnp.float8_e4m3fn if self is DType.FP8 else self.value)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return int(self.jax_dtype.itemsize)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether values are divided by a scale on the way in (int8, fp8)."""
+        return self in (DType.INT8, DType.FP8)
+
+    def storage_dtype(self, device: DeviceType) -> Any:
+        """The element type of the page arrays on ``device``.
+
+        fp8 is kept as uint8 everywhere (fp8 scatters are slow). On CPUs the 16-bit floats are kept as uint16: jax
+        0.10.2 upcasts a whole bfloat16 pool to scatter into it.
+        """
+        if self is DType.FP8:
+            return jnp.dtype(jnp.uint8)
+        if device is DeviceType.CPU and self.itemsize == 2:
+            return jnp.dtype(jnp.uint16)
+        return self.jax_dtype
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value <= 0:
+            raise ConfigError(f"{type(config).__name__}.{name}: got {value!r}, want a positive integer")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTableConfig:
+    """Sizes of a block table.
+
+    Attributes:
+        block_size: tokens of one manager block.
+        kernel_block_size: tokens of one page as the kernels see it; divides ``block_size``. None: the same.
+        max_num_reqs: rows.
+        max_num_blocks_per_req: blocks a row can hold.
+        max_num_batched_tokens: tokens of the longest slot mapping made in one step.
+        cp_kv_cache_interleave_size: consecutive tokens that stay on one context-parallel rank; divides
+            ``block_size``.
+
+    Raises:
+        ConfigError: a size that is not a positive integer, or does not divide.
+    """
+
+    block_size: int
+    max_num_reqs: int
+    max_num_blocks_per_req: int
+    max_num_batched_tokens: int = 8192
+    kernel_block_size: int | None = None
+    cp_kv_cache_interleave_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kernel_block_size is None:
+            object.__setattr__(self, "kernel_block_size", self.block_size)
+        _require_positive(self, *(field.name for field in dataclasses.fields(self)))
+        for name in ("kernel_block_size", "cp_kv_cache_interleave_size"):
+            if self.block_size % getattr(self, name):
+                raise ConfigError(
+                    f"BlockTableConfig.{name}: got {getattr(self, name)}, want a divisor of block_size {self.block_size}"
+                )
+
+    @property
+    def blocks_per_kv_block(self) -> int:
+        """Kernel blocks in one manager block (``k`` of the hybrid block sizes)."""
+        assert self.kernel_block_size is not None
+        return self.block_size // self.kernel_block_size
+
+    @property
+    def max_tokens_per_req(self) -> int:
+        """Tokens a full row holds."""
+        return self.block_size * self.max_num_blocks_per_req
+
+
+@dataclasses.dataclass(frozen=True)
+class KVCacheConfig:
+    """Sizes of a KV cache: one group of layers that share a block table.
+
+    Attributes:
+        num_layers: layers of the group; a block spans all of them.
+        num_heads: KV heads of a layer.
+        head_dim: elements of one K head; also of a V head unless ``v_head_dim`` says otherwise.
+        num_blocks: blocks of the pool. None: as many as ``memory_fraction`` of the device's free memory holds.
+        block_size: tokens of one block.
+        dtype: element type. None: float32 on CPUs, bfloat16 elsewhere.
+        device: kind of device for the pages. None: JAX's default.
+        max_num_reqs: requests that can hold blocks at once (rows of the table).
+        max_model_len: tokens of the longest request.
+        v_head_dim: elements of one V head. None: ``head_dim``.
+        memory_fraction: share of the device's free memory to take when ``num_blocks`` is None.
+
+    Raises:
+        ConfigError: a size that is not a positive integer, or more slots than an int32 can name.
+        DeviceUnavailableError: ``device`` is not there (looked up only when ``num_blocks`` is None).
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    num_blocks: int | None = None
+    block_size: int = 16
+    dtype: DType | None = None
+    device: DeviceType | None = None
+    max_num_reqs: int = 256
+    max_model_len: int = 4096
+    v_head_dim: int | None = None
+    memory_fraction: float = 0.9
+
+    def __post_init__(self) -> None:
+        device = DeviceType.default() if self.device is None else DeviceType(self.device)
+        dtype = self.dtype or (DType.FLOAT32 if device is DeviceType.CPU else DType.BFLOAT16)
+        object.__setattr__(self, "device", device)
+        object.__setattr__(self, "dtype", DType(dtype))
+        if self.v_head_dim is None:
+            object.__setattr__(self, "v_head_dim", self.head_dim)
+        if device is DeviceType.MPS:
+            device.devices()  # raises: says what is supported
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise ConfigError(f"KVCacheConfig.memory_fraction: got {self.memory_fraction!r}, want 0 < fraction <= 1")
+        sizes = ("num_layers", "num_heads", "head_dim", "v_head_dim", "block_size", "max_num_reqs", "max_model_len")
+        _require_positive(self, *sizes)
+        if self.num_blocks is None:
+            object.__setattr__(self, "num_blocks", self._blocks_that_fit())
+        _require_positive(self, "num_blocks")
+        if self.num_slots > _MAX_INT32:
+            raise ConfigError(
+                f"KVCacheConfig: num_layers * num_blocks * block_size = {self.num_slots} slots, want at most {_MAX_INT32}"
+            )
+
+    def _blocks_that_fit(self) -> int:
+        memory = free_memory_bytes(self.device_type.devices()[0])
+        return max(1, int(memory * self.memory_fraction) // self.block_size_bytes())
+
+    @property
+    def device_type(self) -> DeviceType:
+        """``device``, resolved."""
+        assert self.device is not None
+        return self.device
+
+    @property
+    def kv_dtype(self) -> DType:
+        """``dtype``, resolved."""
+        assert self.dtype is not None
+        return self.dtype
+
+    @property
+    def pool_blocks(self) -> int:
+        """``num_blocks``, resolved."""
+        assert self.num_blocks is not None
+        return self.num_blocks
+
+    @property
+    def value_head_dim(self) -> int:
+        """``v_head_dim``, resolved."""
+        assert self.v_head_dim is not None
+        return self.v_head_dim
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of all layers together."""
+        return self.num_layers * self.pool_blocks * self.block_size
+
+    @property
+    def storage_dtype(self) -> Any:
+        """Element type of the page arrays (see ``DType.storage_dtype``)."""
+        return self.kv_dtype.storage_dtype(self.device_type)
+
+    def storage_head_dim(self, head_dim: int) -> int:
+        """Elements a stored head takes: on TPUs padded to 128 lanes, where Mosaic calls would else copy the pool."""
+        return math.ceil(head_dim / 128) * 128 if self.device_type is DeviceType.TPU else head_dim
+
+    def kv_size_per_token(self) -> int:
+        """Bytes of K and V of one token over all layers, as stored."""
+        width = self.storage_head_dim(self.head_dim) + self.storage_head_dim(self.value_head_dim)
+        return self.num_layers * self.num_heads * width * self.kv_dtype.itemsize
+
+    def block_size_bytes(self) -> int:
+        """Bytes of one block over all layers, as stored."""
+        return self.block_size * self.kv_size_per_token()
+
+    def table_config(self, max_num_batched_tokens: int = 8192) -> BlockTableConfig:
+        """The table that goes with this cache."""
+        return BlockTableConfig(
+            block_size=self.block_size,
+            max_num_reqs=self.max_num_reqs,
+            max_num_blocks_per_req=math.ceil(self.max_model_len / self.block_size),
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+
+
+def free_memory_bytes(device: jax.Device) -> int:
+    """Bytes a new array on ``device`` may take: XLA's limit less what is in use, or the host's free memory on CPUs.
+
+    Raises:
+        ConfigError: the device does not tell; give ``num_blocks`` instead.
+    """
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+    if device.platform == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    raise ConfigError(f"{device} does not tell how much memory is free: give num_blocks")
