@@ -1,0 +1,138 @@
+"""The tensors of a Hugging Face directory, wherever its shards keep them, and what they are called there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from pyagent_kv_jax.errors import ModelLoadError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ModelLoadError: no such file, or something else inside it.
+    """
+    if not path.is_file():
+        raise ModelLoadError(f"{path}: got no such file, want a JSON file")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelLoadError(f"{path}: got {error}, want JSON") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{path}: got a {type(content).__name__}, want a JSON object")
+    return content
+
+
+class Checkpoint:
+    """Tensors by name, over one file or several; nothing is read before it is asked for."""
+
+    def __init__(self, shard_of: Mapping[str, Any]) -> None:
+        self._shard_of = shard_of
+
+    def names(self) -> set[str]:
+        """Every tensor in the files."""
+        return set(self._shard_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, from the file's header."""
+        return tuple(self._shard_of[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """Its values, in the type they are stored in."""
+        return self._shard_of[name].get_tensor(name)
+
+
+@contextlib.contextmanager
+def open_checkpoint(directory: Path) -> Iterator[Checkpoint]:
+    """Open ``model.safetensors``, or every shard that ``model.safetensors.index.json`` names.
+
+    Raises:
+        ModelLoadError: neither file is there, a shard is missing or broken, or lacks a tensor the index gives it.
+    """
+    files, promised = _files(directory)
+    with contextlib.ExitStack() as stack:
+        shards = {name: _open_shard(stack, directory / name) for name in files}
+        shard_of = {tensor: shard for shard in shards.values() for tensor in shard.keys()}  # noqa: SIM118
+        missing = sorted(set(promised) - set(shard_of))
+        if missing:
+            wanted = {promised[name] for name in missing}
+            raise ModelLoadError(
+                f"{directory / INDEX_FILE}: got no {_some(missing)}, want them in {_some(wanted)}"
+            )
+        yield Checkpoint(shard_of)
+
+
+def _files(directory: Path) -> tuple[list[str], dict[str, str]]:
+    """File names to open, and (for an index) which tensor it promises in which."""
+    if (directory / SINGLE_FILE).is_file():
+        return [SINGLE_FILE], {}
+    if not (directory / INDEX_FILE).is_file():
+        raise ModelLoadError(f"{directory}: got neither, want {SINGLE_FILE} or {INDEX_FILE}")
+    weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelLoadError(
+            f"{directory / INDEX_FILE}: got weight_map {weight_map!r}, want tensor to file name"
+        )
+    files = sorted(set(weight_map.values()))
+    outside = [name for name in files if Path(name).name != name]
+    if outside:
+        raise ModelLoadError(
+            f"{directory / INDEX_FILE}: got {_some(outside)}, want names of files beside the index"
+        )
+    absent = [name for name in files if not (directory / name).is_file()]
+    if absent:
+        raise ModelLoadError(f"{directory}: got no shard {_some(absent)}, want all {len(files)} of the index")
+    return files, weight_map
+
+
+def _open_shard(stack: contextlib.ExitStack, path: Path) -> Any:
+    try:
+        return stack.enter_context(safe_open(path, framework="numpy"))
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(f"{path}: got {error}, want a safetensors file") from error
+
+
+def tensor_names(path: Sequence[str], num_layers: int) -> list[str]:
+    """What Hugging Face calls the parameter at ``path``: one name, or one for each layer of a stacked parameter."""
+    *modules, leaf = path
+    leaf = "weight" if leaf == "kernel" else leaf
+    if modules[0] == "layers":
+        return [".".join(["model.layers", str(layer), *modules[1:], leaf]) for layer in range(num_layers)]
+    prefix = [] if modules[0] == "lm_head" else ["model"]
+    return [".".join([*prefix, *modules, leaf])]
+
+
+def check_names(found: set[str], wanted: set[str], *, tied: bool) -> None:
+    """Refuse what is missing and what nobody would read.
+
+    Rotary frequencies, which old checkpoints carry, follow from the config; a tied output projection from the
+    embedding.
+
+    Raises:
+        ModelLoadError: with some of the names.
+    """
+    missing = sorted(wanted - found)
+    if missing:
+        raise ModelLoadError(
+            f"checkpoint: got no tensor {_some(missing)}, want all {len(wanted)} of the model"
+        )
+    derived = {name for name in found if name.endswith(".rotary_emb.inv_freq")}
+    leftover = sorted(found - wanted - derived - ({"lm_head.weight"} if tied else set()))
+    if leftover:
+        raise ModelLoadError(f"checkpoint: got tensors {_some(leftover)}, want none besides the model's own")
+
+
+def _some(names: Sequence[str] | set[str], most: int = 4) -> str:
+    shown = ", ".join(sorted(names)[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

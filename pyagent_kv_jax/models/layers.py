@@ -1,0 +1,101 @@
+"""The parts of a Llama-family decoder layer. ``T`` is the tokens of a ragged batch, one after another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata, LayerCache
+from pyagent_kv_jax.models.config import LlamaConfig
+from pyagent_kv_jax.models.rope import rotate
+
+RotaryTable = tuple[jax.Array, jax.Array]
+
+
+class RMSNorm(nnx.Module):
+    """Divide the last axis by its root mean square, in float32; then one weight an element (Zhang & Sennrich)."""
+
+    def __init__(self, size: int, eps: float, dtype: Any) -> None:
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((size,), dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.weight[...]
+
+
+def _linear(in_size: int, out_size: int, use_bias: bool, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(in_size, out_size, use_bias=use_bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; what was said before, and how it is stored, is the cache's business."""
+
+    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = _linear(config.hidden_size, q_size, config.qkv_bias, dtype, rngs)
+        self.k_proj = _linear(config.hidden_size, kv_size, config.qkv_bias, dtype, rngs)
+        self.v_proj = _linear(config.hidden_size, kv_size, config.qkv_bias, dtype, rngs)
+        self.o_proj = _linear(q_size, config.hidden_size, config.o_bias, dtype, rngs)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: LayerCache,
+        layer: jax.Array,
+        rotary: RotaryTable,
+        meta: AttentionMetadata,
+        sliding_window: Any,
+    ) -> tuple[jax.Array, LayerCache]:
+        heads = (x.shape[0], -1, self.head_dim)
+        q = self.q_proj(x).reshape(heads)
+        k = self.k_proj(x).reshape(heads)
+        v = self.v_proj(x).reshape(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        out, cache = cache.attend(layer, q, k, v, meta, sliding_window=sliding_window)
+        return self.o_proj(out.reshape(x.shape[0], -1).astype(x.dtype)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer): ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = _linear(hidden, inner, bias, dtype, rngs)
+        self.up_proj = _linear(hidden, inner, bias, dtype, rngs)
+        self.down_proj = _linear(inner, hidden, bias, dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each normalised on the way in and added to the residual stream ``x`` [T, hidden]."""
+
+    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.self_attn = Attention(config, dtype, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = MLP(config, dtype, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: LayerCache,
+        layer: jax.Array,
+        rotary: RotaryTable,
+        meta: AttentionMetadata,
+        sliding_window: Any,
+    ) -> tuple[jax.Array, LayerCache]:
+        attended, cache = self.self_attn(self.input_layernorm(x), cache, layer, rotary, meta, sliding_window)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache

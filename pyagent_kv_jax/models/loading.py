@@ -1,0 +1,153 @@
+"""A model from a Hugging Face directory, and back into one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from pyagent_kv_jax.config import DeviceType
+from pyagent_kv_jax.errors import ModelLoadError
+from pyagent_kv_jax.models.checkpoint import (
+    SINGLE_FILE,
+    Checkpoint,
+    check_names,
+    open_checkpoint,
+    read_json,
+    tensor_names,
+)
+from pyagent_kv_jax.models.config import LlamaConfig
+from pyagent_kv_jax.models.hf_config import config_from_hf, config_to_hf, token_ids
+from pyagent_kv_jax.models.llama import LlamaForCausalLM
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def load_config(directory: str | os.PathLike[str]) -> LlamaConfig:
+    """Sizes and switches from ``config.json``; stop tokens from ``generation_config.json`` where it has them.
+
+    Raises:
+        ModelLoadError: no such directory, no or broken JSON, or a model that is not supported.
+    """
+    path = _existing(directory)
+    config = config_from_hf(read_json(path / "config.json"))
+    if (path / "generation_config.json").is_file():
+        generation = read_json(path / "generation_config.json")
+        eos = token_ids(generation.get("eos_token_id")) or config.eos_token_ids
+        config = dataclasses.replace(config, eos_token_ids=eos)
+    return config
+
+
+def load_model(
+    directory: str | os.PathLike[str], *, dtype: Any = None, device: jax.Device | None = None
+) -> tuple[LlamaForCausalLM, LlamaConfig]:
+    """Load ``config.json`` and ``*.safetensors``.
+
+    Names and shapes of all tensors are checked before the first is read. Each tensor goes straight to its place in
+    the stacked layout: besides the model itself, the host holds one stacked parameter at a time.
+
+    Args:
+        directory: as ``huggingface_hub`` or ``save_pretrained`` leave it.
+        dtype: of the parameters in memory. None: float32 on CPUs, bfloat16 elsewhere.
+        device: where they go. None: JAX's default device.
+
+    Raises:
+        ModelLoadError: a missing directory, file, shard or tensor, an unknown architecture, a wrong shape, a tensor
+            nobody would read.
+    """
+    path = _existing(directory)
+    config = load_config(path)
+    if dtype is None:
+        dtype = jnp.float32 if DeviceType.default() is DeviceType.CPU else jnp.bfloat16
+    model = nnx.eval_shape(lambda: LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, abstract = nnx.split(model)
+    flat = nnx.to_flat_state(abstract)
+    names = {place: tensor_names(place, config.num_layers) for place, _ in flat}
+    with open_checkpoint(path) as checkpoint:
+        wanted = {name for group in names.values() for name in group}
+        check_names(checkpoint.names(), wanted, tied=config.tie_word_embeddings)
+        for place, param in flat:
+            _check_shapes(checkpoint, names[place], place, param.shape)
+        loaded = [
+            (place, param.replace(jax.device_put(_read(checkpoint, names[place], place, param), device)))
+            for place, param in flat
+        ]
+    return nnx.merge(graph, nnx.from_flat_state(loaded)), config
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer in ``tokenizer.json``.
+
+    Raises:
+        ModelLoadError: no such directory or file, or one that ``tokenizers`` cannot read.
+    """
+    path = _existing(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise ModelLoadError(f"{path}: got no such file, want a tokenizer of the tokenizers library")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelLoadError(f"{path}: got {error}, want a tokenizer of the tokenizers library") from error
+
+
+def save_model(model: LlamaForCausalLM, directory: str | os.PathLike[str]) -> None:
+    """Write ``config.json`` and ``model.safetensors`` so that ``load_model``, and transformers, read them back."""
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, np.ndarray] = {}
+    for place, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        value, names = np.asarray(param[...]), tensor_names(place, model.config.num_layers)
+        for name, tensor in zip(names, value if _stacked(place) else value[None], strict=True):
+            tensors[name] = np.ascontiguousarray(tensor.T if _transposed(place) else tensor)
+    save_file(tensors, path / SINGLE_FILE, metadata={"format": "pt"})  # transformers refuses files without it
+    dtype = {"torch_dtype": str(next(iter(tensors.values())).dtype)}
+    (path / "config.json").write_text(json.dumps({**config_to_hf(model.config), **dtype}, indent=2) + "\n")
+
+
+def _existing(directory: str | os.PathLike[str]) -> Path:
+    path = Path(directory)
+    if not path.is_dir():
+        raise ModelLoadError(
+            f"got {str(directory)!r}, which is no directory; want a Hugging Face model directory"
+        )
+    return path
+
+
+def _stacked(place: tuple[str, ...]) -> bool:
+    return place[0] == "layers"
+
+
+def _transposed(place: tuple[str, ...]) -> bool:
+    return place[-1] == "kernel"  # ours [in, out], theirs [out, in]
+
+
+def _check_shapes(
+    checkpoint: Checkpoint, names: list[str], place: tuple[str, ...], shape: tuple[int, ...]
+) -> None:
+    wanted = shape[1:] if _stacked(place) else shape
+    wanted = wanted[::-1] if _transposed(place) else wanted
+    for name in names:
+        if checkpoint.shape(name) != wanted:
+            raise ModelLoadError(
+                f"tensor {name}: got shape {checkpoint.shape(name)}, want {wanted} by config.json"
+            )
+
+
+def _read(checkpoint: Checkpoint, names: list[str], place: tuple[str, ...], param: Any) -> np.ndarray:
+    """The parameter at ``place``, in the shape and dtype of ``param``."""
+    result = np.empty(param.shape, param.dtype)
+    for target, name in zip(result if _stacked(place) else result[None], names, strict=True):
+        tensor = checkpoint.read(name)
+        if tensor.dtype.name not in _FLOATS:
+            raise ModelLoadError(f"tensor {name}: got dtype {tensor.dtype}, want one of {', '.join(_FLOATS)}")
+        target[...] = tensor.T if _transposed(place) else tensor
+    return result
