@@ -1,0 +1,27 @@
+"""What an id outside the pool means: an error in checking mode, nowhere at all outside it.
+
+-1 is padding and never an error. Any other id outside the pool is reported by ``checkify`` when the caller
+has functionalised the program (``checkify.checkify``); plain ``jit`` compiles the check away. Indices are
+always [page, head, offset], never flattened to elements: those pass 2**31 in a pool of a few GiB.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import checkify
+
+
+def report_out_of_range(name: str, ids: jax.Array, size: int) -> None:
+    """Under ``checkify``, an error unless each id is -1 or in [0, size)."""
+    checkify.debug_check(
+        jnp.all((ids >= -1) & (ids < size)),
+        f"{name}: got ids from {{low}} to {{high}}, want -1 or 0 to {size - 1}",
+        low=jnp.min(ids, initial=0),
+        high=jnp.max(ids, initial=0),
+    )
+
+
+def nowhere_if_invalid(ids: jax.Array, size: int) -> jax.Array:
+    """Ids outside [0, size) become ``size``, past the end, for ``drop`` and ``fill`` to see. (-1 would wrap.)"""
+    return jnp.where((ids >= 0) & (ids < size), ids, size)
