@@ -1,11 +1,11 @@
-"""Train the checkpoint of ``pyagent-kv demo``: a small Llama on the language reference that every Python carries.
+"""Train the checkpoint of ``pyagent-kv demo``: a small Llama on the reference text that every Python carries.
 
     python scripts/train_demo_model.py --output pyagent_kv_jax/serving/demo_model
 
-Writes config.json, model.safetensors (bfloat16) and tokenizer.json. Needs ``optax``, which the package itself does
-not. On one CPU core it takes about a quarter of an hour. The seed is fixed; when ``--steps`` are done before
-``--time-budget`` is spent, the same machine, Python and jax give the same weights. The text differs a little between
-Python versions.
+Writes config.json, model.safetensors (bfloat16) and tokenizer.json. Needs ``optax``, which the package itself
+does not. On one CPU core it takes about a quarter of an hour. The seed is fixed; when ``--steps`` are done
+before ``--time-budget`` is spent, the same machine, Python and jax give the same weights. The text differs a
+little between Python versions.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=True,
     eos_token_ids=(0,),
 )
-# Sequences x tokens of a step. Mostly short ones, which cost least; enough long ones that position 2047 is no stranger.
+# Sequences x tokens of a step: mostly short ones, which cost least; long ones for the positions up to 2047.
 BATCHES = ((8, 256), (8, 256), (2, 1024), (8, 256), (8, 256), (1, 2048))
 PEAK_RATE, FINAL_RATE, WARMUP = 4e-3, 1e-4, 0.04
-OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98), optax.add_decayed_weights(0.05))
+OPTIMIZER = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98), optax.add_decayed_weights(0.05)
+)
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +58,7 @@ class WholeSequence:
     def attend(
         self, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array, meta: AttentionMetadata, **_: Any
     ) -> tuple[jax.Array, WholeSequence]:
-        """``LayerCache.attend``; its scores are made again in the backward pass, for they are the most of memory."""
+        """``LayerCache.attend``. Scores are computed again in the backward pass: they would fill memory."""
         causal = jax.checkpoint(partial(jax.nn.dot_product_attention, is_causal=True))
         return causal(q[None], k[None], v[None])[0], self
 
@@ -116,7 +118,10 @@ def make_step(graph: Any) -> Callable[..., tuple[Any, Any, jax.Array]]:
 def train(tokens: np.ndarray, steps: int, budget_s: float, seed: int) -> tuple[Any, Any]:
     """Graph and parameters after ``steps`` steps, or fewer when ``budget_s`` seconds are spent before."""
     graph, params = nnx.split(LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(seed)))
-    print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, {tokens.size:,} tokens", flush=True)
+    print(
+        f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, {tokens.size:,} tokens",
+        flush=True,
+    )
     state, step, draw = OPTIMIZER.init(params), make_step(graph), np.random.default_rng(seed)
     started, recent, done, progress = time.monotonic(), [], 0, 0.0
     while progress < 1.0:
@@ -128,11 +133,16 @@ def train(tokens: np.ndarray, steps: int, budget_s: float, seed: int) -> tuple[A
         progress = max(done / steps, (time.monotonic() - started) / budget_s)
         if done % 50 == 0 or progress >= 1.0:
             seconds = time.monotonic() - started
-            print(f"step {done:5d}  {seconds:6.0f} s  loss {np.mean(recent):.3f} (mean of {len(recent)})", flush=True)
+            print(
+                f"step {done:5d}  {seconds:6.0f} s  loss {np.mean(recent):.3f} (mean of {len(recent)})",
+                flush=True,
+            )
     return graph, params
 
 
-def show_samples(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: list[str], new_tokens: int = 96) -> None:
+def show_samples(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: list[str], new_tokens: int = 96
+) -> None:
     """Print greedy continuations, and how often the two best logits are nearly equal."""
     length = 256
     logits_of = jax.jit(lambda tokens: model(tokens, WholeSequence(), whole_sequence(length))[0])
@@ -151,10 +161,14 @@ def show_samples(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: list[st
 
 def main() -> None:
     """Tokenizer, training, files, samples."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of 2,048 tokens")
-    parser.add_argument("--time-budget", type=float, default=20.0, help="minutes after which training ends early")
+    parser.add_argument(
+        "--time-budget", type=float, default=20.0, help="minutes after which training ends early"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,7 +59,8 @@ def open_checkpoint(directory: Path) -> Iterator[Checkpoint]:
     """Open ``model.safetensors``, or every shard that ``model.safetensors.index.json`` names.
 
     Raises:
-        ModelLoadError: neither file is there, a shard is missing or broken, or lacks a tensor the index gives it.
+        ModelLoadError: neither file is there, a shard is missing or broken, or lacks a tensor that the index
+            gives it.
     """
     files, promised = _files(directory)
     with contextlib.ExitStack() as stack:
@@ -103,14 +105,43 @@ def _open_shard(stack: contextlib.ExitStack, path: Path) -> Any:
         raise ModelLoadError(f"{path}: got {error}, want a safetensors file") from error
 
 
-def tensor_names(path: Sequence[str], num_layers: int) -> list[str]:
-    """What Hugging Face calls the parameter at ``path``: one name, or one for each layer of a stacked parameter."""
-    *modules, leaf = path
-    leaf = "weight" if leaf == "kernel" else leaf
-    if modules[0] == "layers":
-        return [".".join(["model.layers", str(layer), *modules[1:], leaf]) for layer in range(num_layers)]
-    prefix = [] if modules[0] == "lm_head" else ["model"]
-    return [".".join([*prefix, *modules, leaf])]
+@dataclasses.dataclass(frozen=True)
+class TensorLayout:
+    """How one of our parameters lies in a Hugging Face checkpoint.
+
+    Attributes:
+        names: of its tensors: one, or one a layer where ours is stacked.
+        stacked: whether ours has a leading axis of layers.
+        transposed: whether ours is [in, out] where theirs is [out, in].
+    """
+
+    names: tuple[str, ...]
+    stacked: bool
+    transposed: bool
+
+    @classmethod
+    def of(cls, path: Sequence[Any], num_layers: int) -> TensorLayout:
+        """Of the parameter at ``path`` in the module tree; but for the leaf its names are Hugging Face's own."""
+        modules, leaf = [str(part) for part in path[:-1]], str(path[-1])
+        stacked, transposed = modules[0] == "layers", leaf == "kernel"
+        tail = [*modules[1:], "weight" if transposed else leaf]
+        if stacked:
+            heads = [["model", "layers", str(layer)] for layer in range(num_layers)]
+        else:
+            heads = [["lm_head"] if modules[0] == "lm_head" else ["model", modules[0]]]
+        return cls(tuple(".".join(head + tail) for head in heads), stacked, transposed)
+
+    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of each tensor, when ours has ``shape``."""
+        one = shape[1:] if self.stacked else shape
+        return one[::-1] if self.transposed else one
+
+    def views(self, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Name of each tensor, and where it lies in ``value``, shaped like the tensor."""
+        layers = value if self.stacked else value[None]
+        return (
+            (name, one.T if self.transposed else one) for name, one in zip(self.names, layers, strict=True)
+        )
 
 
 def check_names(found: set[str], wanted: set[str], *, tied: bool) -> None:

@@ -46,7 +46,7 @@ class LlamaConfig:
     head_dim: int
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False

@@ -21,8 +21,8 @@ def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     """Read the content of a ``config.json``.
 
     Raises:
-        ModelLoadError: an architecture, rope type or switch that is not supported here, a missing key, or head
-            counts that do not divide.
+        ModelLoadError: an architecture, rope type or switch that is not supported here, a missing key, or
+            head counts that do not divide.
     """
     architecture = _architecture(raw)
     family = _FAMILIES[architecture]
@@ -32,7 +32,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     hidden_size = _size(raw, "hidden_size")
     if num_heads % num_kv_heads:
         raise ModelLoadError(
-            f"config.json: got num_key_value_heads {num_kv_heads}, want a divisor of num_attention_heads {num_heads}"
+            f"config.json: got num_key_value_heads {num_kv_heads}, want a divisor of {num_heads} heads"
         )
     attention_bias = bool(raw.get("attention_bias", False))
     num_layers = _size(raw, "num_hidden_layers")
@@ -123,7 +123,7 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
-    """transformers 5 keeps all of it in ``rope_parameters``; 4 splits it into ``rope_theta``, ``rope_scaling``."""
+    """transformers 5 keeps it in ``rope_parameters``, 4 in ``rope_theta`` and ``rope_scaling``."""
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(scaling.get("rope_theta", raw.get("rope_theta", 10_000.0)))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -161,7 +161,7 @@ def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
 
 
 def _layer_windows(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    """Qwen: off unless ``use_sliding_window``; then by ``layer_types``, or all layers from ``max_window_layers`` on."""
+    """Off unless ``use_sliding_window``; then by ``layer_types``, or all from ``max_window_layers`` on."""
     if not raw.get("use_sliding_window", False) or raw.get("sliding_window") is None:
         return ()
     window = _size(raw, "sliding_window")
@@ -170,6 +170,6 @@ def _layer_windows(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None,
     kinds = raw.get("layer_types") or default
     if len(kinds) != num_layers or set(kinds) - {"sliding_attention", "full_attention"}:
         raise ModelLoadError(
-            f"config.json: got layer_types {kinds}, want {num_layers} of 'full_attention' or 'sliding_attention'"
+            f"config.json: got layer_types {kinds}, want {num_layers} 'full_attention' or 'sliding_attention'"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -16,7 +16,7 @@ RotaryTable = tuple[jax.Array, jax.Array]
 
 
 class RMSNorm(nnx.Module):
-    """Divide the last axis by its root mean square, in float32; then one weight an element (Zhang & Sennrich)."""
+    """Divide the last axis by its root mean square, in float32; then a weight for each element."""
 
     def __init__(self, size: int, eps: float, dtype: Any) -> None:
         self.eps = eps

@@ -26,7 +26,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(init(rngs.params(), (vocab_size, hidden_size), dtype))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """[T, hidden]. A token outside the vocabulary gives NaN: a wrong id shows, and stays in its own row."""
+        """[T, hidden]. A token outside the vocabulary gives NaN: it shows, and stays in its own sequence."""
         rows = self.weight[...].at[tokens]
         return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
@@ -34,13 +34,13 @@ class Embedding(nnx.Module):
 class LlamaForCausalLM(nnx.Module):
     """A decoder whose layers are one module with stacked parameters, [num_layers, ...] each.
 
-    Works on a ragged batch: the tokens of all sequences stand one after another, and ``AttentionMetadata`` says
-    which is whose. The cache is carried through a scan over the layers, so that under donation it is written in
-    place.
+    Works on a ragged batch: the tokens of all sequences stand one after another, and ``AttentionMetadata``
+    says which is whose. The cache is carried through a scan over the layers, so that under donation it is
+    written in place.
 
     Args:
         config: sizes and switches.
-        dtype: of the parameters and of the matrix products; norms, rotations and logits are float32 whatever it is.
+        dtype: of the parameters and of the matrix products; norms, rotations and logits are always float32.
         rngs: for random initial values.
     """
 
@@ -60,8 +60,8 @@ class LlamaForCausalLM(nnx.Module):
             tokens: i32[T]. An id outside the vocabulary gives NaN logits.
             cache: anything with ``LayerCache.attend``.
             meta: where the tokens stand; ``meta.positions`` i32[T] are their places in their sequences.
-            logits_at: i32[S], indices into ``tokens`` of those whose logits are wanted (the last of each sequence,
-                say); -1 is padding, and gives zeros. None: all.
+            logits_at: i32[S], indices into ``tokens`` of those whose logits are wanted (the last of each
+                sequence, say); -1 is padding, and gives zeros. None: all.
 
         Returns:
             f32[S, vocab] (f32[T, vocab] without ``logits_at``), and the new cache.

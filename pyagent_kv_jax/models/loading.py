@@ -20,10 +20,10 @@ from pyagent_kv_jax.errors import ModelLoadError
 from pyagent_kv_jax.models.checkpoint import (
     SINGLE_FILE,
     Checkpoint,
+    TensorLayout,
     check_names,
     open_checkpoint,
     read_json,
-    tensor_names,
 )
 from pyagent_kv_jax.models.config import LlamaConfig
 from pyagent_kv_jax.models.hf_config import config_from_hf, config_to_hf, token_ids
@@ -52,8 +52,8 @@ def load_model(
 ) -> tuple[LlamaForCausalLM, LlamaConfig]:
     """Load ``config.json`` and ``*.safetensors``.
 
-    Names and shapes of all tensors are checked before the first is read. Each tensor goes straight to its place in
-    the stacked layout: besides the model itself, the host holds one stacked parameter at a time.
+    Names and shapes of all tensors are checked before the first is read. Each tensor goes straight to its
+    place in the stacked layout: besides the model itself, the host holds one stacked parameter at a time.
 
     Args:
         directory: as ``huggingface_hub`` or ``save_pretrained`` leave it.
@@ -61,8 +61,8 @@ def load_model(
         device: where they go. None: JAX's default device.
 
     Raises:
-        ModelLoadError: a missing directory, file, shard or tensor, an unknown architecture, a wrong shape, a tensor
-            nobody would read.
+        ModelLoadError: a missing directory, file, shard or tensor, an unknown architecture, a wrong shape or
+            dtype, a tensor nobody would read.
     """
     path = _existing(directory)
     config = load_config(path)
@@ -70,18 +70,9 @@ def load_model(
         dtype = jnp.float32 if DeviceType.default() is DeviceType.CPU else jnp.bfloat16
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, abstract = nnx.split(model)
-    flat = nnx.to_flat_state(abstract)
-    names = {place: tensor_names(place, config.num_layers) for place, _ in flat}
     with open_checkpoint(path) as checkpoint:
-        wanted = {name for group in names.values() for name in group}
-        check_names(checkpoint.names(), wanted, tied=config.tie_word_embeddings)
-        for place, param in flat:
-            _check_shapes(checkpoint, names[place], place, param.shape)
-        loaded = [
-            (place, param.replace(jax.device_put(_read(checkpoint, names[place], place, param), device)))
-            for place, param in flat
-        ]
-    return nnx.merge(graph, nnx.from_flat_state(loaded)), config
+        loaded = _read_all(checkpoint, abstract, config, device)
+    return nnx.merge(graph, loaded), config
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
@@ -100,14 +91,13 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def save_model(model: LlamaForCausalLM, directory: str | os.PathLike[str]) -> None:
-    """Write ``config.json`` and ``model.safetensors`` so that ``load_model``, and transformers, read them back."""
+    """Write ``config.json`` and ``model.safetensors``, as ``load_model`` and transformers read them."""
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
     for place, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        value, names = np.asarray(param[...]), tensor_names(place, model.config.num_layers)
-        for name, tensor in zip(names, value if _stacked(place) else value[None], strict=True):
-            tensors[name] = np.ascontiguousarray(tensor.T if _transposed(place) else tensor)
+        views = TensorLayout.of(place, model.config.num_layers).views(np.asarray(param[...]))
+        tensors |= {name: np.ascontiguousarray(view) for name, view in views}
     save_file(tensors, path / SINGLE_FILE, metadata={"format": "pt"})  # transformers refuses files without it
     dtype = {"torch_dtype": str(next(iter(tensors.values())).dtype)}
     (path / "config.json").write_text(json.dumps({**config_to_hf(model.config), **dtype}, indent=2) + "\n")
@@ -122,32 +112,36 @@ def _existing(directory: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _stacked(place: tuple[str, ...]) -> bool:
-    return place[0] == "layers"
+def _read_all(checkpoint: Checkpoint, abstract: nnx.State, config: LlamaConfig, device: Any) -> nnx.State:
+    flat = [
+        (place, param, TensorLayout.of(place, config.num_layers))
+        for place, param in nnx.to_flat_state(abstract)
+    ]
+    wanted = {name for _, _, layout in flat for name in layout.names}
+    check_names(checkpoint.names(), wanted, tied=config.tie_word_embeddings)
+    for _, param, layout in flat:
+        _check_shapes(checkpoint, layout, param.shape)
+    loaded = (
+        (place, param.replace(_read(checkpoint, layout, param, device))) for place, param, layout in flat
+    )
+    return nnx.from_flat_state(loaded)
 
 
-def _transposed(place: tuple[str, ...]) -> bool:
-    return place[-1] == "kernel"  # ours [in, out], theirs [out, in]
-
-
-def _check_shapes(
-    checkpoint: Checkpoint, names: list[str], place: tuple[str, ...], shape: tuple[int, ...]
-) -> None:
-    wanted = shape[1:] if _stacked(place) else shape
-    wanted = wanted[::-1] if _transposed(place) else wanted
-    for name in names:
+def _check_shapes(checkpoint: Checkpoint, layout: TensorLayout, shape: tuple[int, ...]) -> None:
+    wanted = layout.tensor_shape(shape)
+    for name in layout.names:
         if checkpoint.shape(name) != wanted:
             raise ModelLoadError(
                 f"tensor {name}: got shape {checkpoint.shape(name)}, want {wanted} by config.json"
             )
 
 
-def _read(checkpoint: Checkpoint, names: list[str], place: tuple[str, ...], param: Any) -> np.ndarray:
-    """The parameter at ``place``, in the shape and dtype of ``param``."""
-    result = np.empty(param.shape, param.dtype)
-    for target, name in zip(result if _stacked(place) else result[None], names, strict=True):
+def _read(checkpoint: Checkpoint, layout: TensorLayout, param: Any, device: Any) -> jax.Array:
+    """One parameter, in the shape and dtype of ``param``."""
+    value = np.empty(param.shape, param.dtype)
+    for name, view in layout.views(value):
         tensor = checkpoint.read(name)
         if tensor.dtype.name not in _FLOATS:
             raise ModelLoadError(f"tensor {name}: got dtype {tensor.dtype}, want one of {', '.join(_FLOATS)}")
-        target[...] = tensor.T if _transposed(place) else tensor
-    return result
+        view[...] = tensor
+    return jax.device_put(value, device)

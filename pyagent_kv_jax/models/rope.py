@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al., RoFormer) in the half-split layout of Llama, with its ways to scale them."""
+"""Rotary position embeddings (Su et al., RoFormer) in the half-split layout of Llama, and its scalings."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class RopeConfig:
 
     Attributes:
         theta: base of the geometric row of frequencies.
-        kind: ``"default"``; ``"linear"`` (all frequencies divided by ``factor``); ``"llama3"`` (only the slow ones).
+        kind: ``"default"``; ``"linear"`` divides all frequencies by ``factor``; ``"llama3"`` only slow ones.
         factor: how many times longer than the original context.
-        low_freq_factor: llama3: waves longer than ``original_max_position / low_freq_factor`` are fully scaled.
+        low_freq_factor: llama3: waves longer than ``original_max_position / low_freq_factor`` are divided.
         high_freq_factor: llama3: waves shorter than ``original_max_position / high_freq_factor`` are kept.
         original_max_position: llama3: context length before the scaling.
     """
@@ -49,7 +49,7 @@ class RopeConfig:
 
 
 def rotary_table(positions: jax.Array, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, each f32[T, 1, head_dim / 2], at ``positions`` i32[T]. Made once a step, used by each layer."""
+    """Cosine and sine, each f32[T, 1, head_dim / 2], at ``positions`` i32[T]; once a step, for all layers."""
     angles = positions[:, None, None].astype(jnp.float32) * rope.inverse_frequencies(head_dim)
     return jnp.cos(angles), jnp.sin(angles)
 
