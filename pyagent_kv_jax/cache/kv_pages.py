@@ -1,0 +1,218 @@
+"""The K and V pages themselves: the big arrays that live on the accelerator and are only ever donated."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from pallas_kernels import paged_attention, paged_copy, paged_gather, paged_write
+from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
+from pyagent_kv_jax.config import DeviceType, KVCacheConfig
+from pyagent_kv_jax.errors import ShapeMismatchError
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["k_pages", "v_pages", "k_scale", "v_scale"],
+    meta_fields=["config"],
+)
+@dataclasses.dataclass(frozen=True)
+class KVPages:
+    """K and V of every layer of a group, in flat pages.
+
+    Block ``b`` of layer ``l`` is page ``l * num_blocks + b``: no kernel is ever handed a slice of a layer, which
+    XLA would copy. Inside a scan over layers the pages are the carry.
+
+    Attributes:
+        k_pages: [num_layers * num_blocks, num_heads, block_size, head_dim], of ``config.storage_dtype``.
+        v_pages: the same with the V head_dim.
+        k_scale: f32[num_layers, num_heads], stored K times this is K; None unless the dtype is quantised.
+        v_scale: the same for V.
+        config: static.
+    """
+
+    k_pages: jax.Array
+    v_pages: jax.Array
+    k_scale: jax.Array | None
+    v_scale: jax.Array | None
+    config: KVCacheConfig
+
+    @classmethod
+    def create(cls, config: KVCacheConfig, sharding: jax.sharding.Sharding | None = None) -> Self:
+        """Empty pages on ``config.device``, or spread by ``sharding`` (of the four page axes).
+
+        Raises:
+            DeviceUnavailableError: this process has no such device.
+        """
+        if sharding is None and config.device_type is not DeviceType.default():
+            sharding = jax.sharding.SingleDeviceSharding(config.device_type.devices()[0])
+        k_shape, v_shape = page_shapes(config)
+        ones = jnp.ones((config.num_layers, config.num_heads), jnp.float32) if config.kv_dtype.is_quantized else None
+        return cls(
+            k_pages=jnp.zeros(k_shape, config.storage_dtype, device=sharding),
+            v_pages=jnp.zeros(v_shape, config.storage_dtype, device=sharding),
+            k_scale=ones,
+            v_scale=ones if ones is None else ones.copy(),  # two buffers: one cannot be donated twice
+            config=config,
+        )
+
+    def write(self, layer: ArrayLike, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> Self:
+        """Store ``k`` [T, num_heads, head_dim] and ``v`` [T, num_heads, v_head_dim] of ``layer`` at the slots.
+
+        Args:
+            layer: i32[], may be traced.
+            k: any float dtype; quantised or cast to the pages' dtype on the way in.
+            v: likewise.
+            slot_mapping: i32[T], slots within a layer; -1 is dropped.
+
+        Raises:
+            ShapeMismatchError: heads, head_dim or T do not fit.
+        """
+        self._check_tokens(k, v, slot_mapping)
+        config = self.config
+        slots_per_layer = config.pool_blocks * config.block_size
+        slots = jnp.where(slot_mapping < 0, -1, slot_mapping + jnp.int32(layer) * slots_per_layer)
+        k_pages, v_pages = paged_write(
+            self.k_pages,
+            self.v_pages,
+            k,
+            v,
+            slots,
+            k_scale=_of_layer(self.k_scale, layer),
+            v_scale=_of_layer(self.v_scale, layer),
+            kv_dtype=config.kv_dtype.jax_dtype,
+        )
+        return dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
+
+    def attend(
+        self,
+        layer: ArrayLike,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        meta: AttentionMetadata,
+        *,
+        scale: float | None = None,
+        sliding_window: ArrayLike | None = None,
+        logits_soft_cap: float | None = None,
+        sinks: jax.Array | None = None,
+    ) -> tuple[jax.Array, Self]:
+        """Write this step's K and V of ``layer``, then attend causally over all the rows hold.
+
+        Args:
+            layer: i32[], may be traced.
+            q: [T, q_heads, head_dim].
+            k: [T, num_heads, head_dim].
+            v: [T, num_heads, v_head_dim].
+            meta: of this step.
+            scale: of the logits; None: ``head_dim ** -0.5``.
+            sliding_window: i32[], may be traced: a query sees this many tokens, itself included. None: all.
+            logits_soft_cap: ``cap * tanh(logits / cap)``. None: no cap.
+            sinks: f32[q_heads], one logit a head that takes weight and gives nothing.
+
+        Returns:
+            ([T, q_heads, v_head_dim] of q's dtype, the new pages).
+
+        Raises:
+            ShapeMismatchError: shapes do not fit the cache.
+        """
+        config = self.config
+        if q.ndim != 3 or q.shape[-1] != config.head_dim or q.shape[1] % config.num_heads:
+            raise ShapeMismatchError(
+                f"q: got shape {q.shape}, want [tokens, a multiple of {config.num_heads} heads, {config.head_dim}]"
+            )
+        pages = self.write(layer, k, v, meta.slot_mapping)
+        tables = meta.block_tables
+        out = paged_attention(
+            q,
+            pages.k_pages,
+            pages.v_pages,
+            jnp.where(tables < 0, -1, tables + jnp.int32(layer) * config.pool_blocks),
+            meta.kv_lens,
+            meta.query_start_loc,
+            scale=scale,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            sinks=sinks,
+            k_scale=_of_layer(self.k_scale, layer),
+            v_scale=_of_layer(self.v_scale, layer),
+            kv_dtype=config.kv_dtype.jax_dtype,
+            v_head_dim=config.value_head_dim,
+            max_query_len=meta.max_query_len,
+            max_kv_len=meta.max_kv_len,
+        )
+        return out, pages
+
+    def copy_blocks(self, src: jax.Array, dst: jax.Array) -> Self:
+        """Copy blocks ``src`` i32[n] to ``dst`` i32[n] in every layer, as if all reads came before all writes.
+
+        Pairs with a -1 are left out.
+        """
+        src_pages, dst_pages = self.pages_of(src), self.pages_of(dst)
+        k_pages, v_pages = paged_copy((self.k_pages, self.v_pages), src_pages.ravel(), dst_pages.ravel())
+        return dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
+
+    def gather_blocks(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """K and V of blocks ``ids`` i32[n] over all layers, each [num_layers, n, num_heads, block_size, head_dim].
+
+        As stored (raw bits for fp8); zeros for id -1.
+        """
+        pages = self.pages_of(ids)
+        k = paged_gather(self.k_pages, pages.ravel())
+        v = paged_gather(self.v_pages, pages.ravel())
+        return k.reshape(*pages.shape, *k.shape[1:]), v.reshape(*pages.shape, *v.shape[1:])
+
+    def pages_of(self, ids: jax.Array) -> jax.Array:
+        """Page ids i32[num_layers, n] of blocks ``ids`` i32[n]; -1 stays -1."""
+        first = jnp.arange(self.config.num_layers, dtype=jnp.int32)[:, None] * self.config.pool_blocks
+        return jnp.where(ids < 0, -1, ids + first)
+
+    def with_scales(self, k_scale: jax.Array, v_scale: jax.Array) -> Self:
+        """The same pages read and written with these scales, each f32[num_layers, num_heads] or broadcastable.
+
+        Raises:
+            ShapeMismatchError: the dtype is not quantised, or the shapes do not fit.
+        """
+        config = self.config
+        shape = (config.num_layers, config.num_heads)
+        if not config.kv_dtype.is_quantized:
+            raise ShapeMismatchError(f"scales: got some for dtype {config.kv_dtype.value}, want int8 or fp8 pages")
+        try:
+            k_scale, v_scale = (jnp.broadcast_to(jnp.asarray(s, jnp.float32), shape) for s in (k_scale, v_scale))
+        except ValueError as error:
+            got = (jnp.shape(k_scale), jnp.shape(v_scale))
+            raise ShapeMismatchError(f"scales: got shapes {got}, want broadcastable to {shape}") from error
+        return dataclasses.replace(self, k_scale=k_scale, v_scale=v_scale)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the page arrays."""
+        return self.k_pages.nbytes + self.v_pages.nbytes
+
+    def _check_tokens(self, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> None:
+        config = self.config
+        tokens = jnp.shape(slot_mapping)[0] if jnp.ndim(slot_mapping) == 1 else None
+        for name, value, width in (("k", k, config.head_dim), ("v", v, config.value_head_dim)):
+            want = (tokens, config.num_heads, width)
+            if tokens is None or value.shape != want or not jnp.issubdtype(value.dtype, jnp.floating):
+                raise ShapeMismatchError(
+                    f"{name}: got {value.dtype}{list(value.shape)} for slot_mapping {jnp.shape(slot_mapping)}, "
+                    f"want floats of shape [tokens, {config.num_heads}, {width}] and one slot a token"
+                )
+
+
+def page_shapes(config: KVCacheConfig) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Shapes of the K and V page arrays, head_dim as stored."""
+    pages = config.num_layers * config.pool_blocks
+    k_dim, v_dim = config.storage_head_dim(config.head_dim), config.storage_head_dim(config.value_head_dim)
+    head = (pages, config.num_heads, config.block_size)
+    return (*head, k_dim), (*head, v_dim)
+
+
+def _of_layer(scales: jax.Array | None, layer: ArrayLike) -> Any:
+    return None if scales is None else jax.lax.dynamic_index_in_dim(scales, layer, keepdims=False)

@@ -1,0 +1,222 @@
+"""``PagedKVCache``: pages, table and pool in one pytree, for use inside a user's own ``jit`` and ``scan``."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from pyagent_kv_jax.cache.allocation import extend_rows, free_rows, step_metadata
+from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
+from pyagent_kv_jax.cache.kv_pages import KVPages
+from pyagent_kv_jax.config import KVCacheConfig
+from pyagent_kv_jax.errors import (
+    InvalidArgumentError,
+    OutOfBlocksError,
+    RequestTooLongError,
+    UnknownRequestError,
+    is_concrete,
+    require,
+)
+from pyagent_kv_jax.pool import BlockPool, check_invariants
+from pyagent_kv_jax.tables import BlockTable
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["pages", "pool", "table"], meta_fields=["config"])
+@dataclasses.dataclass(frozen=True)
+class PagedKVCache:
+    """A paged KV cache whose every change is a new value, so that it can be a scan's carry and be donated.
+
+    Rows are named by index: a ``request_id`` here is a row of the table, 0 to ``config.max_num_reqs - 1``. String ids
+    are the manager's.
+
+    >>> @partial(jax.jit, donate_argnums=1)
+    ... def step(params, cache, tokens, lens):
+    ...     cache, meta = cache.extend(lens)                       # pool, table and slots, once
+    ...     return nnx.merge(graph, params)(tokens, cache, meta)   # each layer: cache.attend(layer, q, k, v, meta)
+
+    Attributes:
+        pages: K and V.
+        pool: which block is whose.
+        table: position to block.
+        config: static.
+    """
+
+    pages: KVPages
+    pool: BlockPool
+    table: BlockTable
+    config: KVCacheConfig
+
+    @classmethod
+    def create(cls, config: KVCacheConfig, sharding: jax.sharding.Sharding | None = None) -> Self:
+        """An empty cache on ``config.device``, or with pages spread by ``sharding``.
+
+        Raises:
+            DeviceUnavailableError: this process has no such device.
+        """
+        pages = KVPages.create(config, sharding)
+        return cls(pages, BlockPool.create(config.pool_blocks), BlockTable.create(config.table_config()), config)
+
+    # -- inside a step -----------------------------------------------------------------------------------------
+
+    def extend(
+        self, lens: ArrayLike, *, num_tokens: int | None = None, order: jax.Array | None = None
+    ) -> tuple[Self, AttentionMetadata]:
+        """Make room for this step's tokens and say where each goes.
+
+        Args:
+            lens: i32[R], new tokens of each row, 0 for rows that take no part.
+            num_tokens: static; length of the step's token arrays, in which the rows' tokens stand one row after
+                another. None: decode layout, token r belongs to row r, at most one a row.
+            order: i32[R], rows in the order they are served; None: 0 to R - 1.
+
+        Returns:
+            (cache, metadata). ``metadata.ok`` bool[R] says which rows were served. A refused row keeps what it had;
+            its tokens keep their place in the batch, but are written nowhere and attend to nothing. A count that is
+            negative, above one in decode layout, or past ``num_tokens`` is refused.
+        """
+        lens = jnp.asarray(lens, jnp.int32)
+        rows = jnp.arange(self.config.max_num_reqs, dtype=jnp.int32)
+        if lens.shape != rows.shape:
+            raise InvalidArgumentError(f"lens: got shape {lens.shape}, want {rows.shape}, one count a row")
+        if num_tokens is None:
+            possible, capacity = lens <= 1, rows.size
+        else:
+            possible = jnp.cumsum(jnp.maximum(lens, 0)) <= num_tokens
+            capacity = rows.size + num_tokens // self.config.block_size
+        wanted = jnp.where(possible, lens, -1)
+        pool, table, ok = extend_rows(self.pool, self.table, wanted, capacity=capacity, order=order)
+        metadata = step_metadata(table, rows, jnp.maximum(lens, 0), ok, num_tokens)
+        return dataclasses.replace(self, pool=pool, table=table), metadata
+
+    def write(self, layer: ArrayLike, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> Self:
+        """Store K and V of one layer; see ``KVPages.write``."""
+        return dataclasses.replace(self, pages=self.pages.write(layer, k, v, slot_mapping))
+
+    def attend(
+        self, layer: ArrayLike, q: jax.Array, k: jax.Array, v: jax.Array, meta: AttentionMetadata, **options: Any
+    ) -> tuple[jax.Array, Self]:
+        """Store K and V of one layer, then attend; see ``KVPages.attend``."""
+        out, pages = self.pages.attend(layer, q, k, v, meta, **options)
+        return out, dataclasses.replace(self, pages=pages)
+
+    def free_rows(self, rows: jax.Array, *, capacity: int | None = None) -> tuple[Self, jax.Array]:
+        """Give back everything the rows in the mask ``rows`` bool[R] hold.
+
+        Args:
+            rows: mask.
+            capacity: static; most blocks freed at once. None: the whole pool's.
+
+        Returns:
+            (cache, ok bool[R]); a row for whose blocks ``capacity`` has no room left is refused and keeps them.
+        """
+        limit = self.config.pool_blocks if capacity is None else capacity
+        pool, table, ok = free_rows(self.pool, self.table, rows, capacity=limit)
+        return dataclasses.replace(self, pool=pool, table=table), ok
+
+    # -- one row -----------------------------------------------------------------------------------------------
+
+    def allocate_for_request(self, request_id: ArrayLike, num_tokens: ArrayLike) -> Self:
+        """Give an empty row the blocks for its first ``num_tokens`` tokens.
+
+        Raises (outside ``jit``; inside, a refused call changes nothing):
+            UnknownRequestError: no such row.
+            InvalidArgumentError: the row is not empty, or the count is negative or not an integer.
+            RequestTooLongError: more than a row or the pool can hold.
+            OutOfBlocksError: too few free blocks.
+        """
+        row = self._checked_row(request_id)
+        empty = self.table.num_blocks[row] == 0
+        require(empty, InvalidArgumentError, f"row {request_id}: holds blocks already, want an empty row")
+        return self._extend_row(row, num_tokens, empty)
+
+    def extend_allocation(self, request_id: ArrayLike, additional_tokens: ArrayLike) -> Self:
+        """Make room for ``additional_tokens`` more tokens in a row. Raises as ``allocate_for_request``."""
+        return self._extend_row(self._checked_row(request_id), additional_tokens, True)
+
+    def free_request(self, request_id: ArrayLike) -> Self:
+        """Drop a row's references and empty it.
+
+        Raises (outside ``jit``; inside, a refused call changes nothing):
+            UnknownRequestError: no such row, or it holds nothing.
+        """
+        row = self._checked_row(request_id)
+        held = self.table.num_blocks[row] > 0
+        require(held, UnknownRequestError, f"row {request_id}: holds nothing, want a row that holds blocks")
+        pool, table = _free_row(self.pool, self.table, row)
+        return dataclasses.replace(self, pool=pool, table=table)
+
+    def get_block_table(self, request_id: ArrayLike, layer_idx: int = 0) -> jax.Array:
+        """Block ids of a row, i32[W] with padding -1.
+
+        Args:
+            request_id: row.
+            layer_idx: selects the layer's group; a block spans all layers of its group.
+
+        Raises:
+            UnknownRequestError: no such row.
+            InvalidArgumentError: no such layer.
+        """
+        if not 0 <= layer_idx < self.config.num_layers:
+            raise InvalidArgumentError(f"layer_idx: got {layer_idx}, want 0 to {self.config.num_layers - 1}")
+        return self.table.get_row(self._checked_row(request_id))
+
+    def usage(self) -> jax.Array:
+        """Share of the pool's blocks in use, f32[], 0.0 to 1.0."""
+        return 1.0 - self.pool.num_free / self.config.pool_blocks
+
+    def get_num_free_blocks(self) -> jax.Array:
+        """Blocks an admission could take, i32[]."""
+        return self.pool.num_free
+
+    def check_invariants(self) -> None:
+        """Check pool and table against each other, on the host; costs O(pool).
+
+        Raises:
+            InvalidBlockError: one is broken; the message lists which.
+        """
+        check_invariants(self.pool, self.table)
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _checked_row(self, request_id: ArrayLike) -> ArrayLike:
+        rows = self.config.max_num_reqs
+        if not jnp.issubdtype(jnp.result_type(request_id), jnp.integer):
+            raise UnknownRequestError(f"row: got {request_id!r}, want an integer from 0 to {rows - 1}")
+        inside = (request_id >= 0) & (request_id < rows)  # type: ignore[operator]
+        require(inside, UnknownRequestError, f"row: got {request_id}, want 0 to {rows - 1}")
+        return request_id
+
+    def _extend_row(self, row: ArrayLike, tokens: ArrayLike, allowed: ArrayLike) -> Self:
+        limit = min(self.config.max_model_len, self.config.pool_blocks * self.config.block_size)
+        if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+            raise InvalidArgumentError(f"token count: got {tokens!r}, want an integer of at least 0")
+        count = jnp.asarray(tokens, jnp.int32)
+        require(count >= 0, InvalidArgumentError, f"token count: got {tokens}, want an integer of at least 0")
+        fits = self.table.num_tokens[row] + count <= limit
+        require(fits, RequestTooLongError, f"row {row}: got {tokens} more tokens, want at most {limit} in all")
+        pool, table, ok = _extend_row(self.pool, self.table, row, jnp.where(fits & allowed, count, -1))
+        free = f"{int(self.pool.num_free)} free blocks" if is_concrete(ok) else "free blocks"
+        require(ok, OutOfBlocksError, f"row {row}: {tokens} more tokens do not fit into {free}")
+        return dataclasses.replace(self, pool=pool, table=table)
+
+
+@jax.jit
+def _extend_row(
+    pool: BlockPool, table: BlockTable, row: jax.Array, count: jax.Array
+) -> tuple[BlockPool, BlockTable, jax.Array]:
+    rows = jnp.where((row >= 0) & (row < table.config.max_num_reqs), row, -1)[None]
+    capacity = table.config.max_num_blocks_per_req
+    pool, table, ok = extend_rows(pool, table, count[None], capacity=capacity, rows=rows)
+    return pool, table, ok[0]
+
+
+@jax.jit
+def _free_row(pool: BlockPool, table: BlockTable, row: jax.Array) -> tuple[BlockPool, BlockTable]:
+    is_row = jnp.arange(table.config.max_num_reqs) == row
+    pool, table, _ = free_rows(pool, table, is_row, capacity=table.config.max_num_blocks_per_req)
+    return pool, table
