@@ -1,0 +1,68 @@
+"""The one function that runs on the accelerator: model, cache and sampler in a single jitted step."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
+from pyagent_kv_jax.serving.sampling import SamplingArrays, sample, top2_margin
+
+
+class StepOutput(NamedTuple):
+    """What a step sends back to the host.
+
+    Attributes:
+        tokens: i32[R], the token each row chose; of use where the row's prompt is complete.
+        margins: f32[R], how clear the choice was (best logit less second best); None unless asked for.
+    """
+
+    tokens: Any
+    margins: Any
+
+
+@dataclasses.dataclass
+class CompiledStep:
+    """The jitted step of one model; engines over the same model share it, and with it what is compiled.
+
+    Call it with ``(weights, pages, tokens i32[T], meta, logits_at i32[R] | None, sampling, with_margins)``; ``pages`` is
+    donated. Returns ``(pages, StepOutput)``.
+
+    Attributes:
+        run: the jitted function.
+        num_traces: how often it was traced, i.e. compiled.
+    """
+
+    run: Any
+    num_traces: int = 0
+
+
+def split_model(model: nnx.Module) -> tuple[CompiledStep, tuple[jax.Array, ...]]:
+    """The step of ``model`` and its weights as a flat tuple, which dispatches faster than an nnx state."""
+    graph, state = nnx.split(model)
+    weights, structure = jax.tree.flatten(state)
+    return _compiled_step(graph, structure), tuple(weights)
+
+
+@lru_cache(maxsize=8)
+def _compiled_step(graph: Any, structure: Any) -> CompiledStep:
+    def step(
+        weights: tuple[jax.Array, ...],
+        pages: Any,
+        tokens: jax.Array,
+        meta: AttentionMetadata,
+        logits_at: jax.Array | None,
+        sampling: SamplingArrays,
+        with_margins: bool,
+    ) -> tuple[Any, StepOutput]:
+        compiled.num_traces += 1  # runs only while tracing
+        model = nnx.merge(graph, jax.tree.unflatten(structure, weights))
+        logits, pages = model(tokens, pages, meta, logits_at=logits_at)
+        return pages, StepOutput(sample(logits, sampling), top2_margin(logits) if with_margins else None)
+
+    compiled = CompiledStep(jax.jit(step, donate_argnums=1, static_argnums=6))
+    return compiled

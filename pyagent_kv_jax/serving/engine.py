@@ -1,0 +1,233 @@
+"""The engine: asks the scheduler, the cache manager and the compiled step in turn, one step at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from pyagent_kv_jax.errors import InvalidArgumentError, KVCacheError, UnknownRequestError
+from pyagent_kv_jax.manager.step_plan import StepPlan
+from pyagent_kv_jax.serving.cache_backend import CacheBackend
+from pyagent_kv_jax.serving.compiled_step import StepOutput, split_model
+from pyagent_kv_jax.serving.request import Request
+from pyagent_kv_jax.serving.sampling import SamplingArrays, SamplingParams
+from pyagent_kv_jax.serving.scheduler import NewToken, Schedule, Scheduler, SchedulerConfig
+
+_engine_numbers = itertools.count()  # so that engines sharing a manager never use the same request id
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of a step; together with the cache's they fix every compiled shape.
+
+    Attributes:
+        max_num_seqs: requests running at once.
+        token_budget: tokens computed in a step that does any prefill.
+        row_buckets: batch sizes a pure decode step is padded to. None: powers of two up to ``max_num_seqs``.
+        watermark: share of the pool kept free for running requests when a waiting one is admitted.
+        with_margins: also return how clear each choice of a token was.
+    """
+
+    max_num_seqs: int = 64
+    token_budget: int = 256
+    row_buckets: tuple[int, ...] | None = None
+    watermark: float = 0.01
+    with_margins: bool = False
+
+    def buckets(self) -> tuple[int, ...]:
+        """``row_buckets``, resolved: ascending, the last one ``max_num_seqs``."""
+        chosen = self.row_buckets or tuple(2**i for i in range(self.max_num_seqs.bit_length()))
+        return (*sorted(size for size in set(chosen) if size < self.max_num_seqs), self.max_num_seqs)
+
+
+class Engine:
+    """Serves requests through one model and one cache.
+
+    A step frees and allocates in one call of the manager, runs the model in one jitted call, and reads one small array
+    back. Shapes come from a fixed set, so that after ``warm_up`` nothing compiles.
+
+    Args:
+        model: called as ``model(tokens, pages, meta, logits_at=...)``; its ``config`` tells ``vocab_size`` and
+            ``eos_token_ids``.
+        backend: the cache.
+        config: sizes.
+
+    Raises:
+        InvalidArgumentError: sizes that do not fit each other.
+    """
+
+    def __init__(self, model: nnx.Module, backend: CacheBackend, config: EngineConfig = EngineConfig()) -> None:
+        self.backend = backend
+        self.config = config
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_seqs=config.max_num_seqs,
+                token_budget=config.token_budget,
+                block_size=backend.config.block_size,
+                num_blocks=backend.config.pool_blocks,
+                max_model_len=backend.config.max_model_len,
+                watermark_blocks=int(config.watermark * backend.config.pool_blocks),
+            )
+        )
+        if backend.config.max_num_reqs < config.max_num_seqs:
+            raise InvalidArgumentError(
+                f"max_num_seqs: got {config.max_num_seqs}, want at most the cache's max_num_reqs = "
+                f"{backend.config.max_num_reqs}"
+            )
+        self.num_compilations = 0
+        self.on_step: Callable[[Schedule, StepPlan], None] | None = None
+        self._step, self._weights = split_model(model)
+        self._vocab_size: int | None = getattr(model.config, "vocab_size", None)
+        self._eos = frozenset(getattr(model.config, "eos_token_ids", ()))
+        self._buckets = config.buckets()
+        self._name = f"engine{next(_engine_numbers)}"
+        self._request_numbers = itertools.count()
+
+    # -- requests ----------------------------------------------------------------------------------------------
+
+    def make_request(self, prompt: Sequence[int], sampling: SamplingParams) -> Request:
+        """Check a request without queueing it.
+
+        Raises:
+            InvalidArgumentError: an empty prompt, or a token that is no integer of the vocabulary.
+            RequestTooLongError: it could never fit.
+        """
+        tokens = self._checked_tokens(prompt)
+        self.scheduler.validate(len(tokens), sampling.max_tokens)
+        seed = secrets.randbits(32) if sampling.seed is None else int(sampling.seed)
+        stops = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
+        return Request(f"{self._name}-{next(self._request_numbers)}", tokens, sampling, seed, stops)
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Queue requests made by ``make_request``, in order."""
+        for request in requests:
+            self.scheduler.add(request)
+
+    def _checked_tokens(self, prompt: Sequence[int]) -> np.ndarray:
+        if isinstance(prompt, str):
+            raise InvalidArgumentError(f"prompt: got the text {prompt[:40]!r}, want token ids")
+        try:
+            tokens = np.asarray(prompt)
+        except ValueError as error:  # ragged nesting
+            raise InvalidArgumentError(f"prompt: got {prompt!r}, want a flat sequence of token ids") from error
+        if tokens.ndim != 1 or not (tokens.size == 0 or np.issubdtype(tokens.dtype, np.integer)):
+            raise InvalidArgumentError(
+                f"prompt: got {tokens.dtype} of shape {tokens.shape}, want a flat sequence of integer token ids"
+            )
+        limit = np.iinfo(np.int32).max if self._vocab_size is None else self._vocab_size
+        wrong = tokens[(tokens < 0) | (tokens >= limit)]
+        if wrong.size:
+            raise InvalidArgumentError(f"prompt: got token id {wrong[0]}, want 0 to {limit - 1}")
+        return tokens.astype(np.int32)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request still wants tokens."""
+        return self.scheduler.has_unfinished
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def step(self) -> tuple[list[NewToken], np.ndarray | None]:
+        """Serve one step.
+
+        Returns:
+            The new tokens, and the margins f32[rows] of the step's rows if the engine was asked for them.
+
+        Raises:
+            OutOfBlocksError: the cache's blocks are held by others, and nothing can go on.
+            CallbackError: a memory-pressure callback of the cache raised; the step itself is complete.
+            KVCacheError: the model gave NaN for a token.
+        """
+        schedule = self.scheduler.schedule(self.backend.get_num_free_blocks)
+        plan, num_tokens = self._plan(schedule)
+        tokens, margins = self._run(schedule, plan, num_tokens) if plan.ok.any() else ([0] * len(plan.ok), None)
+        new_tokens = self.scheduler.update(schedule, plan.ok.tolist(), tokens)
+        if self.on_step is not None:
+            self.on_step(schedule, plan)
+        for request, token, _ in new_tokens:
+            if token < 0:
+                raise KVCacheError(
+                    f"request {request.request_id!r}: the model's logits for its token {len(request.output) - 1} hold NaN"
+                )
+        for error in plan.callback_errors:
+            raise error
+        return new_tokens, margins
+
+    def _plan(self, schedule: Schedule) -> tuple[StepPlan, int | None]:
+        """The manager's answer, in the smallest shape that holds the schedule; num_tokens is None for pure decode."""
+        num_rows, num_tokens = self.config.max_num_seqs, None
+        if max(schedule.num_new_tokens, default=1) > 1:
+            num_tokens = self.config.token_budget
+        else:
+            num_rows = next(size for size in self._buckets if size >= len(schedule.requests))
+        plan = self.backend.step(
+            [request.request_id for request in schedule.requests],
+            schedule.num_new_tokens,
+            free=schedule.free,
+            num_rows=num_rows,
+            num_tokens=num_tokens,
+        )
+        return plan, num_tokens
+
+    def _run(
+        self, schedule: Schedule, plan: StepPlan, num_tokens: int | None
+    ) -> tuple[list[int], np.ndarray | None]:
+        """Run the model over the granted tokens and read the chosen ones back: the step's only wait for the device."""
+        num_rows = len(plan.metadata.kv_lens)
+        tokens = np.zeros(num_rows if num_tokens is None else num_tokens, np.int32)
+        chunks = [r.next_tokens(n) for r, n in zip(schedule.requests, schedule.num_new_tokens, strict=True)]
+        if num_tokens is None:  # token i belongs to row i, granted or not
+            tokens[: len(chunks)] = np.concatenate(chunks)
+        else:
+            granted = np.concatenate([chunk for chunk, ok in zip(chunks, plan.ok, strict=True) if ok])
+            tokens[: len(granted)] = granted
+        sampling = SamplingArrays.from_rows(
+            [request.sampling for request in schedule.requests],
+            [request.seed for request in schedule.requests],
+            [len(request.output) for request in schedule.requests],
+            num_rows,
+        )
+        output = self._dispatch(tokens, plan, num_tokens, sampling)
+        chosen, margins = jax.device_get(output)
+        return chosen.tolist(), margins
+
+    def _dispatch(
+        self, tokens: np.ndarray, plan: StepPlan, num_tokens: int | None, sampling: SamplingArrays
+    ) -> StepOutput:
+        meta = dataclasses.replace(
+            plan.metadata,  # the hints are static, so they must not vary from step to step
+            max_query_len=1 if num_tokens is None else num_tokens,
+            max_kv_len=self.backend.config.max_model_len,
+        )
+        logits_at = None if meta.query_start_loc is None else np.asarray(meta.query_start_loc[1:] - 1, np.int32)
+        before = self._step.num_traces
+        self.backend.pages, output = self._step.run(
+            self._weights, self.backend.pages, tokens, meta, logits_at, sampling, self.config.with_margins
+        )
+        self.num_compilations += self._step.num_traces - before
+        return output
+
+    # -- before and after --------------------------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Compile every shape a step can have, by running each once with no request in it."""
+        shapes: list[tuple[int, int | None]] = [(rows, None) for rows in self._buckets]
+        for num_rows, num_tokens in [*shapes, (self.config.max_num_seqs, self.config.token_budget)]:
+            plan = self.backend.step([], [], num_rows=num_rows, num_tokens=num_tokens)
+            tokens = np.zeros(num_tokens or num_rows, np.int32)
+            sampling = SamplingArrays.from_rows([], [], [], num_rows)
+            jax.block_until_ready(self._dispatch(tokens, plan, num_tokens, sampling))
+
+    def abort_all(self) -> None:
+        """Forget every request and give all their blocks back; safe after an error anywhere in a step."""
+        for request_id in self.scheduler.drop_all():
+            with contextlib.suppress(UnknownRequestError):  # never admitted, or freed by the step that failed
+                self.backend.free(request_id)

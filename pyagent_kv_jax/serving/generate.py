@@ -1,0 +1,148 @@
+"""``generate``: many prompts in, many answers out, whatever their lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from pyagent_kv_jax.config import KVCacheConfig
+from pyagent_kv_jax.errors import CallbackError, InvalidArgumentError
+from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
+from pyagent_kv_jax.serving.cache_backend import CacheBackend
+from pyagent_kv_jax.serving.engine import Engine, EngineConfig
+from pyagent_kv_jax.serving.request import FinishReason, Request
+from pyagent_kv_jax.serving.sampling import SamplingParams
+
+TokenCallback = Callable[[int, int], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationResult:
+    """What became of one prompt.
+
+    Attributes:
+        token_ids: the tokens generated; a stop token, if one ended it, is the last.
+        finish_reason: "stop" (a stop or end-of-sequence token) or "length" (``max_tokens``).
+        num_preemptions: how often the request lost its blocks and was computed again.
+        margins: best logit less second best for each token; None unless the engine was asked for margins.
+    """
+
+    token_ids: list[int]
+    finish_reason: FinishReason
+    num_preemptions: int
+    margins: list[float] | None = None
+
+
+def generate(
+    model: nnx.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    cache_config: KVCacheConfig | None = None,
+    backend: CacheBackend | None = None,
+    max_num_seqs: int = 64,
+    token_budget: int = 256,
+    on_token: TokenCallback | None = None,
+    progress: bool = False,
+) -> list[GenerationResult]:
+    """Generate from all prompts by continuous batching: rows that finish make room for prompts that wait.
+
+    Args:
+        model: a Flax NNX model called as ``model(tokens, cache, meta, logits_at=...)``, with a ``config``.
+        prompts: token ids, one sequence a prompt.
+        sampling: for all prompts, or one for each.
+        cache_config: sizes of a paged cache made for this call. None: ``model.config.kv_cache_config()``, as many blocks
+            as fit into memory, but no more than the prompts can fill.
+        backend: a cache to serve through, instead of ``cache_config``; its other requests are left alone.
+        max_num_seqs: requests running at once.
+        token_budget: tokens computed in one step that does prefill; longer prompts are computed in chunks.
+        on_token: ``on_token(index of prompt, token id)`` after each token, in the order of generation.
+        progress: show a bar on stderr.
+
+    Returns:
+        One result a prompt, in the order of the prompts.
+
+    Raises:
+        InvalidArgumentError: an empty prompt, a token outside the vocabulary, sizes that do not fit.
+        RequestTooLongError: a prompt that with its ``max_tokens`` exceeds a row or the pool. Nothing was computed.
+        CallbackError: ``on_token`` raised; generation stopped and every block was given back.
+    """
+    if backend is not None and cache_config is not None:
+        raise InvalidArgumentError("got both backend and cache_config, want one of them")
+    params = _one_each(sampling, len(prompts))
+    if not prompts:
+        return []
+    max_num_seqs = min(max_num_seqs, len(prompts)) if backend is None and cache_config is None else max_num_seqs
+    if backend is None:
+        config = cache_config or _fitting_config(model, prompts, params, max_num_seqs)
+        max_num_seqs = min(max_num_seqs, config.max_num_reqs)
+        backend = KVCacheManager(config)
+    engine = Engine(model, backend, EngineConfig(max_num_seqs, max(token_budget, max_num_seqs)))
+    return serve(engine, prompts, params, on_token=on_token, progress=progress)
+
+
+def serve(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    *,
+    on_token: TokenCallback | None = None,
+    progress: bool = False,
+) -> list[GenerationResult]:
+    """As ``generate``, through an engine that lives on (and stays warm) between calls."""
+    params = _one_each(sampling, len(prompts))
+    requests = [engine.make_request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+    index = {request.request_id: i for i, request in enumerate(requests)}
+    margins: list[list[float]] = [[] for _ in requests]
+    try:
+        engine.add(requests)  # all were checked, so none is refused half way
+        with tqdm(total=len(requests), unit="request", disable=not progress) as bar:
+            while engine.has_unfinished:
+                new_tokens, step_margins = engine.step()
+                for request, token, row in new_tokens:
+                    if step_margins is not None:
+                        margins[index[request.request_id]].append(float(step_margins[row]))
+                    _call(on_token, index[request.request_id], token)
+                bar.update(sum(request.finish_reason is not None for request, _, _ in new_tokens))
+    finally:
+        engine.abort_all()  # after success too: the last finished requests still hold their blocks
+    return [_result(r, m if engine.config.with_margins else None) for r, m in zip(requests, margins, strict=True)]
+
+
+def _one_each(sampling: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    if isinstance(sampling, SamplingParams):
+        return [sampling] * count
+    params = list(sampling)
+    if len(params) != count or not all(isinstance(each, SamplingParams) for each in params):
+        raise InvalidArgumentError(f"sampling: got {len(params)} entries, want one SamplingParams for {count} prompts")
+    return params
+
+
+def _fitting_config(
+    model: Any, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], max_num_seqs: int
+) -> KVCacheConfig:
+    """The model's own cache sizes, with no more blocks than the requests can fill at once."""
+    config: KVCacheConfig = model.config.kv_cache_config(num_blocks=1, max_num_reqs=max_num_seqs)
+    lengths = sorted((len(p) + s.max_tokens for p, s in zip(prompts, params, strict=True)), reverse=True)
+    wanted = int(np.sum(-(-np.array(lengths[:max_num_seqs]) // config.block_size)))
+    available = dataclasses.replace(config, num_blocks=None).pool_blocks
+    return dataclasses.replace(config, num_blocks=max(1, min(wanted + wanted // 16 + 1, available)))
+
+
+def _call(on_token: TokenCallback | None, index: int, token: int) -> None:
+    if on_token is None:
+        return
+    try:
+        on_token(index, token)
+    except Exception as cause:
+        raise CallbackError(f"on_token({index}, {token}) raised {cause!r}; generation stopped") from cause
+
+
+def _result(request: Request, margins: list[float] | None) -> GenerationResult:
+    assert request.finish_reason is not None
+    return GenerationResult(request.output, request.finish_reason, request.num_preemptions, margins)
