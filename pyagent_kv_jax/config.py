@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import os
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from pyagent_kv_jax.errors import ConfigError, DeviceUnavailableError
 _MAX_INT32 = 2**31 - 1
 
 
-class DeviceType(str, Enum):
+class DeviceType(StrEnum):
     """Where the pages live. ``MPS`` is known by name so that asking for it can be refused clearly."""
 
     CPU = "cpu"
@@ -46,7 +46,7 @@ class DeviceType(str, Enum):
             raise DeviceUnavailableError(f"no {self.value!r} device in this process{hint} ({error})") from error
 
 
-class DType(str, Enum):
+class DType(StrEnum):
     """What one stored element of K or V is. ``FP8`` is float8_e4m3fn."""
 
     FLOAT16 = "float16"
@@ -121,7 +121,8 @@ class BlockTableConfig:
         for name in ("kernel_block_size", "cp_kv_cache_interleave_size"):
             if self.block_size % getattr(self, name):
                 raise ConfigError(
-                    f"BlockTableConfig.{name}: got {getattr(self, name)}, want a divisor of block_size {self.block_size}"
+                    f"BlockTableConfig.{name}: got {getattr(self, name)}, "
+                    f"want a divisor of block_size {self.block_size}"
                 )
 
     @property
@@ -188,7 +189,8 @@ class KVCacheConfig:
         _require_positive(self, "num_blocks")
         if self.num_slots > _MAX_INT32:
             raise ConfigError(
-                f"KVCacheConfig: num_layers * num_blocks * block_size = {self.num_slots} slots, want at most {_MAX_INT32}"
+                f"KVCacheConfig: num_layers * num_blocks * block_size = {self.num_slots} slots, "
+                f"want at most {_MAX_INT32}"
             )
 
     def _blocks_that_fit(self) -> int:

@@ -12,7 +12,6 @@ import numbers
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
-import jax
 import numpy as np
 from numpy.typing import ArrayLike
 

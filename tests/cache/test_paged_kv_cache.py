@@ -26,7 +26,13 @@ from tests.cache.dense_reference import DenseReference
 
 ROWS, LAYERS, Q_HEADS, KV_HEADS, DIM = 3, 2, 4, 2, 8
 CONFIG = KVCacheConfig(
-    num_layers=LAYERS, num_heads=KV_HEADS, head_dim=DIM, num_blocks=13, block_size=4, max_num_reqs=ROWS, max_model_len=24
+    num_layers=LAYERS,
+    num_heads=KV_HEADS,
+    head_dim=DIM,
+    num_blocks=13,
+    block_size=4,
+    max_num_reqs=ROWS,
+    max_model_len=24,
 )
 
 
@@ -234,7 +240,7 @@ def test_rows_one_at_a_time() -> None:
 
 def test_free_rows_takes_a_mask() -> None:
     cache = PagedKVCache.create(CONFIG)
-    cache, meta = cache.extend(jnp.array([9, 4, 1]), num_tokens=16)
+    cache, _ = cache.extend(jnp.array([9, 4, 1]), num_tokens=16)
     partly, ok = cache.free_rows(jnp.array([True, False, True]), capacity=3)  # three blocks, then one too many
     assert ok.tolist() == [True, True, False]
     assert partly.table.num_tokens.tolist() == [0, 4, 1]
@@ -244,6 +250,10 @@ def test_free_rows_takes_a_mask() -> None:
     assert freed.table.num_tokens.tolist() == [0, 4, 0]
     assert freed.get_num_free_blocks() == 12
     freed.check_invariants()
+
+
+def write(cache: PagedKVCache, k_shape: tuple, v_shape: tuple, dtype: type = jnp.float32) -> PagedKVCache:
+    return cache.write(0, jnp.ones(k_shape, dtype), jnp.ones(v_shape), jnp.arange(2))
 
 
 @pytest.mark.parametrize(
@@ -263,7 +273,11 @@ def test_free_rows_takes_a_mask() -> None:
         (OutOfBlocksError, lambda c: c.allocate_for_request(2, 17), "4 free blocks"),
         (ShapeMismatchError, lambda c: c.write(0, jnp.ones((2, 2, 9)), jnp.ones((2, 2, 8)), jnp.arange(2)), "9"),
         (ShapeMismatchError, lambda c: c.write(0, jnp.ones((2, 2, 8)), jnp.ones((3, 2, 8)), jnp.arange(2)), "v: got"),
-        (ShapeMismatchError, lambda c: c.write(0, jnp.ones((2, 2, 8), int), jnp.ones((2, 2, 8)), jnp.arange(2)), "int32"),
+        (
+            ShapeMismatchError,
+            lambda c: c.write(0, jnp.ones((2, 2, 8), int), jnp.ones((2, 2, 8)), jnp.arange(2)),
+            "int32",
+        ),
         (ShapeMismatchError, lambda c: c.pages.with_scales(jnp.ones(()), jnp.ones(())), "int8 or fp8"),
     ],
 )
