@@ -69,9 +69,7 @@ def open_checkpoint(directory: Path) -> Iterator[Checkpoint]:
         missing = sorted(set(promised) - set(shard_of))
         if missing:
             wanted = {promised[name] for name in missing}
-            raise ModelLoadError(
-                f"{directory / INDEX_FILE}: got no {_some(missing)}, want them in {_some(wanted)}"
-            )
+            raise ModelLoadError(f"{directory / INDEX_FILE}: got no {_some(missing)}, want them in {_some(wanted)}")
         yield Checkpoint(shard_of)
 
 
@@ -83,15 +81,11 @@ def _files(directory: Path) -> tuple[list[str], dict[str, str]]:
         raise ModelLoadError(f"{directory}: got neither, want {SINGLE_FILE} or {INDEX_FILE}")
     weight_map = read_json(directory / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelLoadError(
-            f"{directory / INDEX_FILE}: got weight_map {weight_map!r}, want tensor to file name"
-        )
+        raise ModelLoadError(f"{directory / INDEX_FILE}: got weight_map {weight_map!r}, want tensor to file name")
     files = sorted(set(weight_map.values()))
     outside = [name for name in files if Path(name).name != name]
     if outside:
-        raise ModelLoadError(
-            f"{directory / INDEX_FILE}: got {_some(outside)}, want names of files beside the index"
-        )
+        raise ModelLoadError(f"{directory / INDEX_FILE}: got {_some(outside)}, want names of files beside the index")
     absent = [name for name in files if not (directory / name).is_file()]
     if absent:
         raise ModelLoadError(f"{directory}: got no shard {_some(absent)}, want all {len(files)} of the index")
@@ -139,9 +133,7 @@ class TensorLayout:
     def views(self, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Name of each tensor, and where it lies in ``value``, shaped like the tensor."""
         layers = value if self.stacked else value[None]
-        return (
-            (name, one.T if self.transposed else one) for name, one in zip(self.names, layers, strict=True)
-        )
+        return ((name, one.T if self.transposed else one) for name, one in zip(self.names, layers, strict=True))
 
 
 def check_names(found: set[str], wanted: set[str], *, tied: bool) -> None:
@@ -155,9 +147,7 @@ def check_names(found: set[str], wanted: set[str], *, tied: bool) -> None:
     """
     missing = sorted(wanted - found)
     if missing:
-        raise ModelLoadError(
-            f"checkpoint: got no tensor {_some(missing)}, want all {len(wanted)} of the model"
-        )
+        raise ModelLoadError(f"checkpoint: got no tensor {_some(missing)}, want all {len(wanted)} of the model")
     derived = {name for name in found if name.endswith(".rotary_emb.inv_freq")}
     leftover = sorted(found - wanted - derived - ({"lm_head.weight"} if tied else set()))
     if leftover:

@@ -44,9 +44,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=_size(raw, "head_dim", default=family.get("head_dim", hidden_size // num_heads)),
-        max_position_embeddings=_size(
-            raw, "max_position_embeddings", default=family["max_position_embeddings"]
-        ),
+        max_position_embeddings=_size(raw, "max_position_embeddings", default=family["max_position_embeddings"]),
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope=_rope(raw),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -102,8 +100,8 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     by_model_type = {family["model_type"]: name for name, family in _FAMILIES.items()}
     found = (raw.get("architectures") or [by_model_type.get(raw.get("model_type", ""))])[0]
     if found not in _FAMILIES:
-        got = found or f"model_type {raw.get('model_type')!r}"
-        raise ModelLoadError(f"config.json: got architecture {got!r}, want one of {', '.join(_FAMILIES)}")
+        got = f"architecture {found!r} (model_type {raw.get('model_type')!r})"
+        raise ModelLoadError(f"config.json: got {got}, want one of {', '.join(_FAMILIES)}")
     return found
 
 
@@ -141,9 +139,7 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
         raise ModelLoadError(f"config.json: got rope type {kind!r}, want one of {', '.join(wanted)}")
     missing = [key for key in wanted[kind].values() if key not in scaling]
     if missing:
-        raise ModelLoadError(
-            f"config.json: got {kind!r} rope scaling {dict(scaling)}, want also {', '.join(missing)}"
-        )
+        raise ModelLoadError(f"config.json: got {kind!r} rope scaling {dict(scaling)}, want also {', '.join(missing)}")
     return RopeConfig(theta=theta, kind=kind, **{field: scaling[key] for field, key in wanted[kind].items()})
 
 

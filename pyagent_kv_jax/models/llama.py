@@ -92,9 +92,7 @@ class LlamaForCausalLM(nnx.Module):
         return jnp.array([w or _SEES_ALL for w in self.config.layer_windows], jnp.int32)
 
     def _output_projection(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
-        return nnx.Linear(
-            self.config.hidden_size, self.config.vocab_size, use_bias=False, param_dtype=dtype, rngs=rngs
-        )
+        return nnx.Linear(self.config.hidden_size, self.config.vocab_size, use_bias=False, param_dtype=dtype, rngs=rngs)
 
     def _logits(self, x: jax.Array) -> jax.Array:
         if self.lm_head is None:

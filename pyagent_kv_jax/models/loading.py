@@ -106,24 +106,17 @@ def save_model(model: LlamaForCausalLM, directory: str | os.PathLike[str]) -> No
 def _existing(directory: str | os.PathLike[str]) -> Path:
     path = Path(directory)
     if not path.is_dir():
-        raise ModelLoadError(
-            f"got {str(directory)!r}, which is no directory; want a Hugging Face model directory"
-        )
+        raise ModelLoadError(f"got {str(directory)!r}, which is no directory; want a Hugging Face model directory")
     return path
 
 
 def _read_all(checkpoint: Checkpoint, abstract: nnx.State, config: LlamaConfig, device: Any) -> nnx.State:
-    flat = [
-        (place, param, TensorLayout.of(place, config.num_layers))
-        for place, param in nnx.to_flat_state(abstract)
-    ]
+    flat = [(place, param, TensorLayout.of(place, config.num_layers)) for place, param in nnx.to_flat_state(abstract)]
     wanted = {name for _, _, layout in flat for name in layout.names}
     check_names(checkpoint.names(), wanted, tied=config.tie_word_embeddings)
     for _, param, layout in flat:
         _check_shapes(checkpoint, layout, param.shape)
-    loaded = (
-        (place, param.replace(_read(checkpoint, layout, param, device))) for place, param, layout in flat
-    )
+    loaded = ((place, param.replace(_read(checkpoint, layout, param, device))) for place, param, layout in flat)
     return nnx.from_flat_state(loaded)
 
 
@@ -131,9 +124,7 @@ def _check_shapes(checkpoint: Checkpoint, layout: TensorLayout, shape: tuple[int
     wanted = layout.tensor_shape(shape)
     for name in layout.names:
         if checkpoint.shape(name) != wanted:
-            raise ModelLoadError(
-                f"tensor {name}: got shape {checkpoint.shape(name)}, want {wanted} by config.json"
-            )
+            raise ModelLoadError(f"tensor {name}: got shape {checkpoint.shape(name)}, want {wanted} by config.json")
 
 
 def _read(checkpoint: Checkpoint, layout: TensorLayout, param: Any, device: Any) -> jax.Array:

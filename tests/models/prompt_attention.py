@@ -16,9 +16,7 @@ from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 class PromptAttention:
     """Every sequence comes whole, from its first token on, in one call."""
 
-    def attend(
-        self, layer, q, k, v, meta, *, scale=None, sliding_window=None, logits_soft_cap=None, sinks=None
-    ):
+    def attend(self, layer, q, k, v, meta, *, scale=None, sliding_window=None, logits_soft_cap=None, sinks=None):
         """One [T, T] mask for the ragged batch: same row, not later, inside the window."""
         tokens = jnp.arange(q.shape[0])
         row = jnp.searchsorted(meta.query_start_loc, tokens, side="right")

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from prompt_attention import PromptAttention, prompt_metadata
 
 from pyagent_kv_jax.cache import PagedKVCache
 from pyagent_kv_jax.models import load_model
+from tests.models.prompt_attention import PromptAttention, prompt_metadata
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.name for path in GOLDEN.iterdir())
@@ -86,9 +86,7 @@ def test_paged_cache_in_chunks_and_decode_steps(name):
 
 def poisoned(cache):
     """Unwritten slots hold NaN, so that reading one shows."""
-    fill = jax.tree.map(
-        lambda pages: jnp.full_like(pages, jnp.nan), (cache.pages.k_pages, cache.pages.v_pages)
-    )
+    fill = jax.tree.map(lambda pages: jnp.full_like(pages, jnp.nan), (cache.pages.k_pages, cache.pages.v_pages))
     pages = cache.pages.__class__(*fill, cache.pages.k_scale, cache.pages.v_scale, cache.pages.config)
     return cache.__class__(pages, cache.pool, cache.table, cache.config)
 
