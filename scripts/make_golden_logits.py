@@ -99,9 +99,7 @@ def golden(model: PreTrainedModel, generator: torch.Generator) -> dict[str, np.n
 
 def main() -> None:
     """Write every folder."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("tests/models/golden"))
     output = parser.parse_args().output
     for seed, (name, (model, stored, shard_size)) in enumerate(models().items()):

@@ -62,7 +62,7 @@ def test_a_sequence_does_not_see_its_neighbour_or_the_future(model):
 
 def test_bfloat16():
     half = LlamaForCausalLM(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    graph, params = nnx.split(half)
+    params = nnx.state(half)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     same = LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(1))
     nnx.update(same, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
