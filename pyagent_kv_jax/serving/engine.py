@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from pyagent_kv_jax.errors import InvalidArgumentError, KVCacheError, UnknownRequestError
+from pyagent_kv_jax.errors import InvalidArgumentError, KVCacheError, OutOfBlocksError, UnknownRequestError
 from pyagent_kv_jax.manager.step_plan import StepPlan
 from pyagent_kv_jax.serving.cache_backend import CacheBackend
 from pyagent_kv_jax.serving.compiled_step import StepOutput, split_model
@@ -31,7 +31,7 @@ class EngineConfig:
     Attributes:
         max_num_seqs: requests running at once.
         token_budget: tokens computed in a step that does any prefill.
-        row_buckets: batch sizes a pure decode step is padded to. None: powers of two up to ``max_num_seqs``.
+        row_buckets: batch sizes a pure decode step is padded to. None: powers of four up to ``max_num_seqs``.
         watermark: share of the pool kept free for running requests when a waiting one is admitted.
         with_margins: also return how clear each choice of a token was.
     """
@@ -44,7 +44,7 @@ class EngineConfig:
 
     def buckets(self) -> tuple[int, ...]:
         """``row_buckets``, resolved: ascending, the last one ``max_num_seqs``."""
-        chosen = self.row_buckets or tuple(2**i for i in range(self.max_num_seqs.bit_length()))
+        chosen = self.row_buckets or tuple(4**i for i in range(self.max_num_seqs.bit_length()))
         return (*sorted(size for size in set(chosen) if size < self.max_num_seqs), self.max_num_seqs)
 
 
@@ -218,13 +218,24 @@ class Engine:
     # -- before and after --------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Compile every shape a step can have, by running each once with no request in it."""
+        """Compile every shape a step can have, the manager's part included, by serving a request of one token.
+
+        Raises:
+            OutOfBlocksError: the cache has no block to spare for it.
+        """
         shapes: list[tuple[int, int | None]] = [(rows, None) for rows in self._buckets]
-        for num_rows, num_tokens in [*shapes, (self.config.max_num_seqs, self.config.token_budget)]:
-            plan = self.backend.step([], [], num_rows=num_rows, num_tokens=num_tokens)
+        shapes.append((self.config.max_num_seqs, self.config.token_budget))
+        request_id = f"{self._name}-warm-up"
+        for num_rows, num_tokens in shapes:
+            plan = self.backend.step([request_id], [1], num_rows=num_rows, num_tokens=num_tokens)
+            if not plan.ok.all():
+                raise OutOfBlocksError("warm_up: got a cache without a free block, want one to spare")
             tokens = np.zeros(num_tokens or num_rows, np.int32)
             sampling = SamplingArrays.from_rows([], [], [], num_rows)
             jax.block_until_ready(self._dispatch(tokens, plan, num_tokens, sampling))
+            self.backend.step([], [], free=[request_id], num_rows=num_rows, num_tokens=num_tokens)
+        self.backend.step([request_id], [1], num_rows=num_rows, num_tokens=num_tokens)
+        self.backend.free(request_id)  # a way of its own, taken when generation ends
 
     def abort_all(self) -> None:
         """Forget every request and give all their blocks back; safe after an error anywhere in a step."""

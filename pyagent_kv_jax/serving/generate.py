@@ -56,8 +56,7 @@ def generate(
         model: a Flax NNX model called as ``model(tokens, cache, meta, logits_at=...)``, with a ``config``.
         prompts: token ids, one sequence a prompt.
         sampling: for all prompts, or one for each.
-        cache_config: sizes of a paged cache made for this call. None: ``model.config.kv_cache_config()``, as many blocks
-            as fit into memory, but no more than the prompts can fill.
+        cache_config: sizes of a paged cache made for this call. None: ``fitting_cache_config``.
         backend: a cache to serve through, instead of ``cache_config``; its other requests are left alone.
         max_num_seqs: requests running at once.
         token_budget: tokens computed in one step that does prefill; longer prompts are computed in chunks.
@@ -77,12 +76,10 @@ def generate(
     params = _one_each(sampling, len(prompts))
     if not prompts:
         return []
-    max_num_seqs = min(max_num_seqs, len(prompts)) if backend is None and cache_config is None else max_num_seqs
     if backend is None:
-        config = cache_config or _fitting_config(model, prompts, params, max_num_seqs)
-        max_num_seqs = min(max_num_seqs, config.max_num_reqs)
-        backend = KVCacheManager(config)
-    engine = Engine(model, backend, EngineConfig(max_num_seqs, max(token_budget, max_num_seqs)))
+        totals = [len(prompt) + each.max_tokens for prompt, each in zip(prompts, params, strict=True)]
+        backend = KVCacheManager(cache_config or fitting_cache_config(model, totals, max_num_seqs=max_num_seqs))
+    engine = Engine(model, backend, EngineConfig(max_num_seqs, token_budget))
     return serve(engine, prompts, params, on_token=on_token, progress=progress)
 
 
@@ -123,15 +120,26 @@ def _one_each(sampling: SamplingParams | Sequence[SamplingParams], count: int) -
     return params
 
 
-def _fitting_config(
-    model: Any, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], max_num_seqs: int
-) -> KVCacheConfig:
-    """The model's own cache sizes, with no more blocks than the requests can fill at once."""
-    config: KVCacheConfig = model.config.kv_cache_config(num_blocks=1, max_num_reqs=max_num_seqs)
-    lengths = sorted((len(p) + s.max_tokens for p, s in zip(prompts, params, strict=True)), reverse=True)
-    wanted = int(np.sum(-(-np.array(lengths[:max_num_seqs]) // config.block_size)))
-    available = dataclasses.replace(config, num_blocks=None).pool_blocks
-    return dataclasses.replace(config, num_blocks=max(1, min(wanted + wanted // 16 + 1, available)))
+def fitting_cache_config(model: Any, lengths: Sequence[int], *, max_num_seqs: int, **overrides: Any) -> KVCacheConfig:
+    """A cache for ``model`` with no more blocks than its memory or these requests can fill.
+
+    Args:
+        model: its ``config.kv_cache_config`` tells the layers and heads.
+        lengths: tokens of each request, prompt and answer.
+        max_num_seqs: requests that run at once.
+        **overrides: fields of ``KVCacheConfig`` that are given.
+
+    Raises:
+        ConfigError: as ``KVCacheConfig``.
+    """
+    sizes = {"max_num_reqs": max_num_seqs, **overrides}
+    if sizes.get("num_blocks") is None:
+        config: KVCacheConfig = model.config.kv_cache_config(**{**sizes, "num_blocks": None})
+        longest = np.sort(np.asarray(lengths))[::-1][:max_num_seqs]
+        wanted = int(np.sum(-(-longest // config.block_size)))
+        spare = max_num_seqs + wanted // 16  # so that the watermark holds nobody up
+        sizes["num_blocks"] = min(wanted + spare, config.pool_blocks)
+    return model.config.kv_cache_config(**sizes)
 
 
 def _call(on_token: TokenCallback | None, index: int, token: int) -> None:

@@ -122,7 +122,7 @@ def sample(logits: jax.Array, rows: SamplingArrays) -> jax.Array:
 
     Sampling is the Gumbel-max trick: ``argmax(logits / temperature + noise)``, with noise drawn per token id from
     ``fold_in(key(seed), index)``. A row's token therefore never depends on the rows beside it, nor on which of the
-    three branches (greedy; no filter; sort and filter) the batch as a whole needs.
+    branches (greedy, no filter, sort and filter) the batch as a whole needs.
 
     Args:
         logits: f32[S, vocab].
@@ -133,10 +133,8 @@ def sample(logits: jax.Array, rows: SamplingArrays) -> jax.Array:
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     sampled_rows = rows.temperature > 0
-    filtered_rows = sampled_rows & ((rows.top_k < logits.shape[-1]) | (rows.top_p < 1))
-    branch = jnp.any(sampled_rows).astype(jnp.int32) + jnp.any(filtered_rows)
-    branches = (lambda logits, rows: greedy, _sample_all, _sample_filtered)
-    chosen = jnp.where(sampled_rows, jax.lax.switch(branch, branches, logits, rows), greedy)
+    drawn = jax.lax.cond(jnp.any(sampled_rows), _draw, lambda logits, rows: greedy, logits, rows)
+    chosen = jnp.where(sampled_rows, drawn, greedy)
     return jnp.where(jnp.isnan(jnp.max(logits, axis=-1)), -1, chosen)
 
 
@@ -161,19 +159,22 @@ def _gumbel(seed: jax.Array, index: jax.Array, vocab: int) -> jax.Array:
     return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), index), (vocab,), jnp.float32)
 
 
-def _sample_all(logits: jax.Array, rows: SamplingArrays) -> jax.Array:
-    noise = _gumbel(rows.seed, rows.index, logits.shape[-1])
-    return jnp.argmax(_scaled(logits, rows) + noise, axis=-1).astype(jnp.int32)
+def _draw(logits: jax.Array, rows: SamplingArrays) -> jax.Array:
+    vocab = logits.shape[-1]
+    scaled, noise = _scaled(logits, rows), _gumbel(rows.seed, rows.index, vocab)
+    is_filtered = (rows.temperature > 0) & ((rows.top_k < vocab) | (rows.top_p < 1))
+    return jax.lax.cond(jnp.any(is_filtered), _best_of_kept, _best_of_all, scaled, noise, rows)
 
 
-def _sample_filtered(logits: jax.Array, rows: SamplingArrays) -> jax.Array:
-    """Sort, keep the top-k ranks, then the fewest of these that reach top-p, and sample among what is left."""
-    scaled = _scaled(logits, rows)
+def _best_of_all(scaled: jax.Array, noise: jax.Array, rows: SamplingArrays) -> jax.Array:
+    return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+
+
+def _best_of_kept(scaled: jax.Array, noise: jax.Array, rows: SamplingArrays) -> jax.Array:
+    """Sort, keep the top-k ranks, then the fewest of these that reach top-p, and take the best of what is left."""
     order = jnp.argsort(scaled, axis=-1, descending=True, stable=True)  # among equals the lower id ranks first
-    scaled = jnp.take_along_axis(scaled, order, axis=-1)
-    noise = jnp.take_along_axis(_gumbel(rows.seed, rows.index, logits.shape[-1]), order, axis=-1)
-
-    keep = jnp.arange(logits.shape[-1]) < rows.top_k[:, None]
+    scaled, noise = (jnp.take_along_axis(x, order, axis=-1) for x in (scaled, noise))
+    keep = jnp.arange(scaled.shape[-1]) < rows.top_k[:, None]
     probs = jax.nn.softmax(jnp.where(keep, scaled, -jnp.inf), axis=-1)
     reached_before = jnp.cumsum(probs, axis=-1) - probs
     # top_p = 1 must keep all, though the rounded sum may pass 1 before the end.

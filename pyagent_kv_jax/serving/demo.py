@@ -1,0 +1,243 @@
+"""``pyagent-kv demo``: the same model, requests, scheduler and memory, once with a dense cache and once with a paged one."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import os
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pyagent_kv_jax.config import KVCacheConfig
+from pyagent_kv_jax.errors import KVCacheError
+from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
+from pyagent_kv_jax.models import load_model, load_tokenizer
+from pyagent_kv_jax.serving.block_map import Panel, save_block_map
+from pyagent_kv_jax.serving.cache_backend import CacheBackend
+from pyagent_kv_jax.serving.cache_record import CacheHistory, CacheRecord
+from pyagent_kv_jax.serving.dense_baseline import DenseCacheManager
+from pyagent_kv_jax.serving.engine import Engine, EngineConfig
+from pyagent_kv_jax.serving.generate import GenerationResult, serve
+from pyagent_kv_jax.serving.sampling import SamplingParams
+from pyagent_kv_jax.serving.token_equality import Comparison, compare_tokens
+
+PICTURE = "kv_cache_blocks.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoSizes:
+    """What is served, and with how much memory.
+
+    Attributes:
+        num_prompts: requests, all waiting at the start.
+        prompt_tokens: shortest and longest prompt; the others lie between, evenly on a log scale.
+        output_tokens: fewest and most tokens generated; evenly between.
+        max_model_len: tokens of a row of the dense cache.
+        dense_rows: rows of the dense cache; the paged one has as many bytes.
+        block_size: tokens of a block of the paged cache.
+        token_budget: tokens computed in one step.
+    """
+
+    num_prompts: int = 48
+    prompt_tokens: tuple[int, int] = (16, 1000)
+    output_tokens: tuple[int, int] = (32, 160)
+    max_model_len: int = 2048
+    dense_rows: int = 4
+    block_size: int = 16
+    token_budget: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One cache's run over all requests."""
+
+    name: str
+    config: KVCacheConfig
+    results: list[GenerationResult]
+    history: CacheHistory
+    seconds: float
+    num_compilations: int
+    num_preemptions: int
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated."""
+        return sum(len(result.token_ids) for result in self.results)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens a second, prefill included, compilation not."""
+        return self.num_generated / self.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoReport:
+    """What the demo found."""
+
+    dense: Run
+    paged: Run
+    comparison: Comparison
+    picture: Path
+
+
+def run_demo(out: str | os.PathLike[str] = ".", sizes: DemoSizes = DemoSizes()) -> DemoReport:
+    """Serve, compare, print one table, save one picture.
+
+    Args:
+        out: a folder, or the name of a ``.png``.
+        sizes: of the traffic and of the caches.
+
+    Raises:
+        KVCacheError: the two caches gave different tokens.
+    """
+    console = Console()
+    with demo_model_directory() as directory:
+        model, config = load_model(directory)
+        prompts, sampling = demo_traffic(load_tokenizer(directory), sizes)
+    base = config.kv_cache_config(max_model_len=sizes.max_model_len, num_blocks=1, block_size=sizes.block_size)
+    lengths = [len(prompt) + each.max_tokens for prompt, each in zip(prompts, sampling, strict=True)]
+    console.print(
+        f"{len(prompts)} requests of {min(lengths)} to {max(lengths)} tokens (mean {np.mean(lengths):.0f}), greedy, "
+        f"on one {base.device_type.value} device. Compiling, then serving twice ..."
+    )
+    num_blocks = sizes.dense_rows * sizes.max_model_len // sizes.block_size
+    dense_run, _ = _serve(
+        "dense", model, DenseCacheManager.like(base, sizes.dense_rows), sizes.dense_rows, prompts, sampling, sizes
+    )
+    paged_config = dataclasses.replace(base, num_blocks=num_blocks, max_num_reqs=sizes.num_prompts)
+    paged_run, engine = _serve(
+        "paged", model, KVCacheManager(paged_config), sizes.num_prompts, prompts, sampling, sizes
+    )
+
+    def regenerate(known: list[list[int]], max_tokens: list[int]) -> list[GenerationResult]:
+        return serve(engine, known, [SamplingParams(max_tokens=n, ignore_eos=True) for n in max_tokens])
+
+    comparison = compare_tokens(prompts, dense_run.results, paged_run.results, regenerate)
+    picture = _picture_path(out)
+    _draw(dense_run, paged_run, sizes, picture)
+    _print_table(console, dense_run, paged_run)
+    console.print(f"tokens: {comparison}\npicture: {picture}", highlight=False)
+    if not comparison.equal:
+        raise KVCacheError(f"dense and paged tokens: {comparison}")
+    return DemoReport(dense_run, paged_run, comparison, picture)
+
+
+def demo_model_directory() -> Any:
+    """The checkpoint in the package, as a context manager that gives its folder."""
+    return importlib.resources.as_file(importlib.resources.files("pyagent_kv_jax.serving") / "demo_model")
+
+
+def demo_traffic(tokenizer: Any, sizes: DemoSizes) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts cut from Python's own reference text, and how much to generate after each; the same every time."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    tokens = tokenizer.encode(text).ids
+    rng = np.random.default_rng(0)
+    shortest, longest = sizes.prompt_tokens
+    prompt_lengths = rng.permutation(np.geomspace(shortest, longest, sizes.num_prompts).astype(int))
+    output_lengths = rng.permutation(np.linspace(*sizes.output_tokens, sizes.num_prompts).astype(int))
+    starts = np.linspace(0, len(tokens) - longest, sizes.num_prompts).astype(int)
+    prompts = [tokens[start : start + n] for start, n in zip(starts, prompt_lengths, strict=True)]
+    return prompts, [SamplingParams(max_tokens=int(n), ignore_eos=True) for n in output_lengths]
+
+
+def _serve(
+    name: str,
+    model: Any,
+    backend: CacheBackend,
+    max_num_seqs: int,
+    prompts: list[list[int]],
+    sampling: list[SamplingParams],
+    sizes: DemoSizes,
+) -> tuple[Run, Engine]:
+    """Warm up, then serve everything with the clock running."""
+    engine = Engine(model, backend, EngineConfig(max_num_seqs, sizes.token_budget, with_margins=True))
+    engine.warm_up()
+    record = CacheRecord(backend.config.pool_blocks, backend.config.block_size)
+    engine.on_step = record.add
+    started = time.perf_counter()
+    results = serve(engine, prompts, sampling)
+    seconds = time.perf_counter() - started
+    engine.on_step = None
+    history = record.history(sizes.block_size)
+    preemptions = engine.scheduler.stats.num_preemptions
+    return Run(name, backend.config, results, history, seconds, engine.num_compilations, preemptions), engine
+
+
+def _picture_path(out: str | os.PathLike[str]) -> Path:
+    path = Path(out)
+    return path if path.suffix == ".png" else path / PICTURE
+
+
+def _draw(dense: Run, paged: Run, sizes: DemoSizes, path: Path) -> None:
+    def title(run: Run, what: str) -> str:
+        history = run.history
+        return (
+            f"{what}: {history.in_flight.mean():.1f} requests in flight, {history.waste:.0%} of what they reserve "
+            f"is empty, {len(history.owner)} steps"
+        )
+
+    label = f"memory, in units of {sizes.block_size} tokens"
+    rows = f"Dense cache, {sizes.dense_rows} rows of {sizes.max_model_len} tokens"
+    blocks = f"Paged cache, the same memory in {paged.config.pool_blocks} blocks of {sizes.block_size}"
+    units = sizes.max_model_len // sizes.block_size
+    panels = [
+        Panel(title(dense, rows), label, dense.history, units),
+        Panel(title(paged, blocks), "block id", paged.history, units),
+    ]
+    save_block_map(panels, path)
+
+
+def _print_table(console: Console, dense: Run, paged: Run) -> None:
+    table = Table(title="K/V cache at equal memory")
+    for heading in ("", "dense", "paged"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for label, *values in zip(_LABELS, _figures(dense), _figures(paged), strict=True):
+        table.add_row(label, *values)
+    in_flight = paged.history.in_flight.mean() / dense.history.in_flight.mean()
+    speed = paged.tokens_per_second / dense.tokens_per_second
+    table.caption = f"paged: {in_flight:.1f} times the requests in flight, {speed:.1f} times the tokens/s"
+    console.print(table)
+
+
+_LABELS = (
+    "cache",
+    "bytes of the cache",
+    "bytes reserved, mean (peak)",
+    "bytes used, mean (peak)",
+    "waste: reserved, not used",
+    "requests in flight, mean (peak)",
+    "preemptions",
+    "tokens generated",
+    "tokens/s",
+    "compilations",
+)
+
+
+def _figures(run: Run) -> list[str]:
+    history, config = run.history, run.config
+    per_token = config.kv_size_per_token()
+
+    def mebibytes(tokens: float) -> str:
+        return f"{tokens * per_token / 2**20:.2f} MiB"
+
+    def mean_and_peak(tokens: np.ndarray) -> str:
+        return f"{mebibytes(tokens.mean())} ({mebibytes(tokens.max())})"
+
+    return [
+        f"{config.pool_blocks} x {config.block_size} tokens",
+        mebibytes(config.pool_blocks * config.block_size),
+        mean_and_peak(history.reserved_tokens),
+        mean_and_peak(history.used_tokens),
+        f"{history.waste:.1%}",
+        f"{history.in_flight.mean():.1f} ({history.in_flight.max()})",
+        str(run.num_preemptions),
+        str(run.num_generated),
+        f"{run.tokens_per_second:.0f}",
+        str(run.num_compilations),
+    ]
