@@ -1,0 +1,154 @@
+"""Changing many rows of a block table in one dispatch. Pure functions; refused rows stay as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pyagent_kv_jax.tables.in_place import after
+from pyagent_kv_jax.tables.ragged import are_offsets, offsets_from_lengths, rows_of_entries
+
+if TYPE_CHECKING:
+    from pyagent_kv_jax.tables.block_table import BlockTable
+
+_ROWS_CLEARED_TOGETHER = 8
+
+
+class RowBlocks(NamedTuple):
+    """Blocks of several rows, flat.
+
+    Attributes:
+        ids: i32[capacity], row r's from ``row_offsets[r]`` on, its last block first; padding -1.
+        row_offsets: i32[R + 1].
+        ok: bool[R]; false where a row's blocks no longer fit into the capacity (it then gives none).
+    """
+
+    ids: jax.Array
+    row_offsets: jax.Array
+    ok: jax.Array
+
+
+def append_rows(
+    table: BlockTable,
+    block_ids: jax.Array,
+    row_offsets: jax.Array,
+    num_tokens: jax.Array,
+    rows: jax.Array | None = None,
+    context_parallel_size: int = 1,
+) -> tuple[BlockTable, jax.Array]:
+    """Append blocks and tokens to many rows.
+
+    Args:
+        table: the table.
+        block_ids: i32[F], entry b's new blocks are ``block_ids[row_offsets[b] : row_offsets[b + 1]]``; padding -1.
+        row_offsets: i32[B + 1].
+        num_tokens: i32[B], tokens each entry gains.
+        rows: i32[B], the table row of each entry, no row twice, -1 for an entry to pass over; None: entry b is row b.
+        context_parallel_size: ranks that share each block id; a column holds ``block_size`` tokens of each.
+
+    Returns:
+        The new table and ok bool[B]. Refused: a row that would outgrow its width, more tokens than its blocks hold,
+        a negative count or id, a row that is not there or named twice; all of them when the offsets are not offsets.
+    """
+    num_rows, width = table.blocks.shape
+    lengths = jnp.diff(row_offsets)
+    target = jnp.arange(num_rows, dtype=jnp.int32) if rows is None else rows
+    row = jnp.clip(target, 0, num_rows - 1)
+    held_blocks, held_tokens = table.num_blocks[row], table.num_tokens[row]
+    room = (held_blocks + lengths) * (table.config.block_size * context_parallel_size) - held_tokens
+
+    capacity = block_ids.shape[0]
+    entries = rows_of_entries(row_offsets, capacity)
+    is_negative = jnp.zeros(lengths.shape, bool).at[entries].max(block_ids < 0, mode="drop")
+    ok = (held_blocks + lengths <= width) & (num_tokens >= 0) & (num_tokens <= room) & ~is_negative
+    ok &= are_offsets(row_offsets, capacity)
+    if rows is not None:
+        ok &= (target == row) & (_times_named(target, num_rows)[row] == 1)
+        ok |= (target == -1) & (lengths == 0) & (num_tokens == 0)
+
+    entry = jnp.minimum(entries, lengths.shape[0] - 1)
+    written = (entries < lengths.shape[0]) & ok[entry]
+    column = held_blocks[entry] + jnp.arange(capacity, dtype=jnp.int32) - row_offsets[entry]
+    blocks = table.blocks.at[jnp.where(written, row[entry], num_rows), column].set(block_ids, mode="drop")
+    changed = jnp.where(ok & (target == row), row, num_rows)
+    new = dataclasses.replace(
+        table,
+        blocks=blocks,
+        num_blocks=table.num_blocks.at[changed].add(lengths, mode="drop"),
+        num_tokens=table.num_tokens.at[changed].add(num_tokens, mode="drop"),
+    )
+    return new, ok
+
+
+def rows_blocks(table: BlockTable, mask: jax.Array, capacity: int) -> RowBlocks:
+    """The blocks of the rows in ``mask`` bool[R], each row's last block first, as ``BlockPool.free`` wants them."""
+    width = table.blocks.shape[1]
+    lengths = jnp.where(mask, table.num_blocks, 0)
+    ok = jnp.cumsum(lengths, dtype=jnp.int32) <= capacity
+    ok |= lengths == 0
+    row_offsets = offsets_from_lengths(jnp.where(ok, lengths, 0))
+    entries = rows_of_entries(row_offsets, capacity)
+    real = entries < lengths.shape[0]
+    row = jnp.where(real, entries, 0)
+    column = row_offsets[row + 1] - 1 - jnp.arange(capacity, dtype=jnp.int32)
+    ids = table.blocks[row, jnp.clip(column, 0, width - 1)]
+    return RowBlocks(jnp.where(real, ids, -1), row_offsets, ok)
+
+
+def clear_rows(table: BlockTable, mask: jax.Array) -> BlockTable:
+    """Empty the rows in ``mask`` bool[R]. The cost follows the rows cleared, not the table."""
+    num_rows = table.blocks.shape[0]
+    chunk = min(_ROWS_CLEARED_TOGETHER, num_rows)
+    cleared = jnp.nonzero(mask, size=num_rows, fill_value=num_rows)[0].astype(jnp.int32)
+    cleared = jnp.pad(cleared, (0, -num_rows % chunk), constant_values=num_rows)
+
+    def clear_chunk(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        blocks, first = carry
+        return blocks.at[lax.dynamic_slice(cleared, (first,), (chunk,))].set(-1, mode="drop"), first + chunk
+
+    blocks, _ = lax.while_loop(lambda carry: carry[1] < jnp.sum(mask), clear_chunk, (table.blocks, jnp.int32(0)))
+    return dataclasses.replace(
+        table,
+        blocks=blocks,
+        num_blocks=jnp.where(mask, 0, table.num_blocks),
+        num_tokens=jnp.where(mask, 0, table.num_tokens),
+    )
+
+
+def release_rows(table: BlockTable, mask: jax.Array, capacity: int) -> tuple[BlockTable, RowBlocks]:
+    """``rows_blocks``, then ``clear_rows`` of the rows whose blocks fit into ``capacity``."""
+    released = rows_blocks(table, mask, capacity)
+    table = dataclasses.replace(table, blocks=after(table.blocks, released.ids))
+    return clear_rows(table, mask & released.ok), released
+
+
+def reorder_rows(table: BlockTable, dst: jax.Array, src: jax.Array) -> tuple[BlockTable, jax.Array]:
+    """Row ``dst[i]`` becomes what row ``src[i]`` was; all reads come before all writes.
+
+    Args:
+        table: the table.
+        dst: i32[M], rows, no row twice; -1 (in both) is padding.
+        src: i32[M], the same rows in another order, so that no row is lost or doubled.
+
+    Returns:
+        The new table and ok bool[]: false, and nothing changed, when ``dst`` and ``src`` are not that.
+    """
+    num_rows = table.blocks.shape[0]
+    named_dst, named_src = _times_named(dst, num_rows), _times_named(src, num_rows)
+    padding = (dst == -1) & (src == -1)
+    inside = (dst >= 0) & (dst < num_rows) & (src >= 0) & (src < num_rows)
+    ok = jnp.all(named_dst == named_src) & jnp.all(named_dst <= 1) & jnp.all(inside | padding)
+    target = jnp.where(ok & inside, dst, num_rows)
+    source = jnp.clip(src, 0, num_rows - 1)
+    moved = jax.tree.map(lambda x: x.at[target].set(x[source], mode="drop"), table)
+    return moved, ok
+
+
+def _times_named(rows: jax.Array, num_rows: int) -> jax.Array:
+    """i32[R]: how often each row of the table stands in ``rows``; anything else is passed over."""
+    inside = jnp.where((rows >= 0) & (rows < num_rows), rows, num_rows)
+    return jnp.zeros(num_rows, jnp.int32).at[inside].add(1, mode="drop")

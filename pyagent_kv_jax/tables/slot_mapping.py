@@ -1,0 +1,146 @@
+"""From a position in a sequence to the slot that holds its K and V.
+
+``slot = block * block_size + offset``; -1 means nowhere. Hybrid block sizes leave slots as they are: kernel blocks
+are pieces of the same memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from pyagent_kv_jax.errors import ShapeMismatchError
+from pyagent_kv_jax.tables.ragged import offsets_from_lengths, rows_of_entries
+
+if TYPE_CHECKING:
+    from pyagent_kv_jax.tables.block_table import BlockTable
+
+
+class ContextParallel(NamedTuple):
+    """A context spread over ``size`` ranks, seen from ``rank`` (may be traced).
+
+    ``interleave`` consecutive tokens stay on one rank; it divides the block size. A column of the table then stands
+    for ``block_size * size`` tokens, and the same block id is used on every rank.
+    """
+
+    size: Any
+    rank: ArrayLike
+    interleave: Any = 1
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["slots"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class SlotMapping:
+    """Where each of T tokens is stored: ``slots`` i32[T], padding -1."""
+
+    slots: jax.Array
+
+    @property
+    def num_tokens(self) -> int:
+        """T, padding included."""
+        return self.slots.shape[0]
+
+    def update_slot_mapping(self, table: BlockTable, token_positions: ArrayLike) -> Self:
+        """The slots of other tokens in a mapping of the same length.
+
+        Args:
+            table: where their rows' blocks stand.
+            token_positions: i32[n, 2] of (row, position), n <= T; (-1, -1) is padding.
+
+        Raises:
+            ShapeMismatchError: more tokens than the mapping holds, or another shape.
+            InvalidArgumentError: a row or position that ``table`` does not hold; traced: its slot is -1.
+        """
+        new = table.update_slot_mapping(token_positions).slots
+        missing = self.num_tokens - new.shape[0]
+        if missing < 0:
+            raise ShapeMismatchError(f"token_positions: got {new.shape[0]} tokens, want at most {self.num_tokens}")
+        return dataclasses.replace(self, slots=jnp.pad(new, (0, missing), constant_values=-1) if missing else new)
+
+
+class StepTokens(NamedTuple):
+    """The tokens of one step, row after row, padded to T.
+
+    Attributes:
+        rows: i32[T], row of the table; padding -1.
+        positions: i32[T], position in the row's sequence; padding 0.
+        slots: i32[T], padding -1.
+        query_start_loc: i32[B + 1], where each batch entry's tokens start.
+        ok: bool[B]; false where an entry's tokens no longer fit into T (it then brings none).
+    """
+
+    rows: jax.Array
+    positions: jax.Array
+    slots: jax.Array
+    query_start_loc: jax.Array
+    ok: jax.Array
+
+
+def slots_of(
+    table: BlockTable,
+    rows: jax.Array,
+    positions: jax.Array,
+    context_parallel: ContextParallel | tuple[Any, ArrayLike, Any] | None = None,
+) -> jax.Array:
+    """Slots of tokens given by ``rows`` i32[T] and ``positions`` i32[T].
+
+    Returns:
+        i32[T]: -1 for a row or position of -1, past the row's tokens or blocks, or on another context-parallel rank.
+    """
+    num_rows, width = table.blocks.shape
+    block_size = table.config.block_size
+    row = jnp.clip(rows, 0, num_rows - 1)
+    known = (rows == row) & (positions >= 0) & (positions < table.num_tokens[row])
+    if context_parallel is None:
+        column, offset = positions // block_size, positions % block_size
+    else:
+        size, rank, interleave = context_parallel
+        column, within = positions // (block_size * size), positions % (block_size * size)
+        offset = within // (size * interleave) * interleave + within % interleave
+        known &= within // interleave % size == rank
+    known &= column < width
+    block = table.blocks[row, jnp.clip(column, 0, width - 1)]
+    return jnp.where(known & (block >= 0), block * block_size + offset, -1).astype(jnp.int32)
+
+
+def step_slots(
+    table: BlockTable,
+    start_positions: jax.Array,
+    lengths: jax.Array,
+    num_tokens: int,
+    rows: jax.Array | None = None,
+    context_parallel: ContextParallel | tuple[Any, ArrayLike, Any] | None = None,
+) -> StepTokens:
+    """The tokens of one step: entry b brings positions ``start_positions[b] .. + lengths[b] - 1``.
+
+    Args:
+        table: after the step's blocks and tokens have been appended.
+        start_positions: i32[B].
+        lengths: i32[B], tokens each entry brings; 0 for padding.
+        num_tokens: T, static: tokens of the step with padding.
+        rows: i32[B], the table row of each entry, -1 for padding; None: entry b is row b.
+        context_parallel: see ``ContextParallel``.
+    """
+    ends = jnp.cumsum(jnp.clip(lengths, 0, num_tokens + 1), dtype=jnp.int32)
+    fits = ((ends <= num_tokens) & (lengths >= 0)) | (lengths == 0)
+    starts = offsets_from_lengths(jnp.where(fits, lengths, 0))
+    entries = rows_of_entries(starts, num_tokens)
+    real = entries < lengths.shape[0]
+    entry = jnp.where(real, entries, 0)
+    positions = jnp.where(real, start_positions[entry] + jnp.arange(num_tokens) - starts[entry], 0)
+    token_rows = jnp.where(real, entry if rows is None else rows[entry], -1)
+    slots = slots_of(table, token_rows, positions, context_parallel)
+    return StepTokens(token_rows.astype(jnp.int32), positions.astype(jnp.int32), slots, starts, fits)
+
+
+def local_length(num_tokens: ArrayLike, context_parallel: ContextParallel | tuple[Any, ArrayLike, Any]) -> jax.Array:
+    """How many of a sequence's first ``num_tokens`` (i32[...]) tokens this context-parallel rank holds."""
+    size, rank, interleave = context_parallel
+    turn = size * interleave
+    length = jnp.asarray(num_tokens, jnp.int32)
+    return length // turn * interleave + jnp.clip(length % turn - rank * interleave, 0, interleave)
