@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pyagent_kv_jax.arguments import integer, shown
 from pyagent_kv_jax.cache.allocation import extend_rows, free_rows, step_metadata
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.kv_pages import KVPages
@@ -19,7 +20,6 @@ from pyagent_kv_jax.errors import (
     OutOfBlocksError,
     RequestTooLongError,
     UnknownRequestError,
-    is_concrete,
     require,
 )
 from pyagent_kv_jax.pool import BlockPool, check_invariants
@@ -125,13 +125,13 @@ class PagedKVCache:
 
         Raises (outside ``jit``; inside, a refused call changes nothing):
             UnknownRequestError: no such row.
-            InvalidArgumentError: the row is not empty, or the count is negative or not an integer.
+            InvalidArgumentError: the row is not empty, or a row or count is negative or not an integer.
             RequestTooLongError: more than a row or the pool can hold.
             OutOfBlocksError: too few free blocks.
         """
         row = self._checked_row(request_id)
         empty = self.table.num_blocks[row] == 0
-        require(empty, InvalidArgumentError, f"row {request_id}: holds blocks already, want an empty row")
+        require(empty, InvalidArgumentError, f"row {shown(row)}: holds blocks already, want an empty row")
         return self._extend_row(row, num_tokens, empty)
 
     def extend_allocation(self, request_id: ArrayLike, additional_tokens: ArrayLike) -> Self:
@@ -146,7 +146,7 @@ class PagedKVCache:
         """
         row = self._checked_row(request_id)
         held = self.table.num_blocks[row] > 0
-        require(held, UnknownRequestError, f"row {request_id}: holds nothing, want a row that holds blocks")
+        require(held, UnknownRequestError, f"row {shown(row)}: holds nothing, want a row that holds blocks")
         pool, table = _free_row(self.pool, self.table, row)
         return dataclasses.replace(self, pool=pool, table=table)
 
@@ -183,25 +183,20 @@ class PagedKVCache:
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _checked_row(self, request_id: ArrayLike) -> ArrayLike:
-        rows = self.config.max_num_reqs
-        if not jnp.issubdtype(jnp.result_type(request_id), jnp.integer):
-            raise UnknownRequestError(f"row: got {request_id!r}, want an integer from 0 to {rows - 1}")
-        inside = (request_id >= 0) & (request_id < rows)  # type: ignore[operator]
-        require(inside, UnknownRequestError, f"row: got {request_id}, want 0 to {rows - 1}")
-        return request_id
+    def _checked_row(self, request_id: ArrayLike) -> Any:
+        row, rows = integer("request_id", request_id), self.config.max_num_reqs
+        require((row >= 0) & (row < rows), UnknownRequestError, f"row: got {shown(row)}, want 0 to {rows - 1}")
+        return row
 
-    def _extend_row(self, row: ArrayLike, tokens: ArrayLike, allowed: ArrayLike) -> Self:
+    def _extend_row(self, row: Any, tokens: ArrayLike, allowed: ArrayLike) -> Self:
         limit = min(self.config.max_model_len, self.config.pool_blocks * self.config.block_size)
-        if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-            raise InvalidArgumentError(f"token count: got {tokens!r}, want an integer of at least 0")
-        count = jnp.asarray(tokens, jnp.int32)
-        require(count >= 0, InvalidArgumentError, f"token count: got {tokens}, want an integer of at least 0")
+        count = integer("token count", tokens)
+        require(count >= 0, InvalidArgumentError, f"token count: got {shown(count)}, want at least 0")
         fits = self.table.num_tokens[row] + count <= limit
-        require(fits, RequestTooLongError, f"row {row}: got {tokens} more tokens, want at most {limit} in all")
+        want = f"row {shown(row)}: got {shown(count)} more tokens, want"
+        require(fits, RequestTooLongError, f"{want} at most {limit} in all")
         pool, table, ok = _extend_row(self.pool, self.table, row, jnp.where(fits & allowed, count, -1))
-        free = f"{int(self.pool.num_free)} free blocks" if is_concrete(ok) else "free blocks"
-        require(ok, OutOfBlocksError, f"row {row}: {tokens} more tokens do not fit into {free}")
+        require(ok, OutOfBlocksError, f"{want} what fits into {shown(self.pool.num_free)} free blocks")
         return dataclasses.replace(self, pool=pool, table=table)
 
 

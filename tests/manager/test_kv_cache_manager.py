@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -41,18 +42,11 @@ def make_manager(num_blocks: int = 12, max_num_reqs: int = 4, max_model_len: int
 
 
 def snapshot(manager: KVCacheManager) -> dict[str, object]:
-    state = manager._control._state
     return {
-        "arrays": [np.array(leaf) for leaf in (*_leaves(state.pool), *_leaves(state.table))],
+        "arrays": [np.array(leaf) for leaf in jax.tree.leaves(manager._control._state)],
         "rows": dict(manager._rows),
         "unused": list(manager._unused_rows),
     }
-
-
-def _leaves(tree: object) -> list[object]:
-    import jax
-
-    return jax.tree.leaves(tree)
 
 
 def assert_unchanged(before: dict[str, object], manager: KVCacheManager) -> None:
