@@ -1,0 +1,111 @@
+"""What the Mosaic TPU forms share: where they run, how pages lie in TPU memory, and copies of pages.
+
+A TPU keeps the last two dimensions of an array in tiles of rows x 128 lanes, a row being 8, 16 or 32 elements deep
+for elements of 4, 2 or 1 bytes. Pages whose head_dim is no multiple of 128 are laid out by XLA in another way than
+Mosaic reads them, so every call would copy the whole pool: store them padded to 128 (``head_dim`` of q may stay
+64). Pages of whole tiles are moved by DMA as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.interpret import interpret_mode, target_platform
+
+LANES = 128
+MAX_VMEM_BYTES = 48 * 2**20
+MAX_SMEM_BYTES = 512 * 2**10
+
+
+def require_tpu() -> Any:
+    """The interpret mode to run under, False on a TPU.
+
+    Raises:
+        NotImplementedError: neither interpreting nor on a TPU.
+    """
+    mode = interpret_mode()
+    if mode is False and target_platform() != "tpu":
+        raise NotImplementedError(f"Mosaic TPU kernels run on a TPU, and this is for a {target_platform()}")
+    return mode
+
+
+def require_arithmetic(*dtypes: Any) -> None:
+    """TPUs compute in each of ``dtypes``.
+
+    Raises:
+        NotImplementedError: one of them is 16 bits but not bfloat16, or 64 bits.
+    """
+    for dtype in map(jnp.dtype, dtypes):
+        if dtype in (jnp.float16, jnp.float64):
+            raise NotImplementedError(f"TPUs have no arithmetic in {dtype}")
+
+
+def require_tiles(*pages: jax.Array, interpret: Any) -> None:
+    """Each of ``pages`` consists of whole tiles; the interpreter has none and takes any.
+
+    Raises:
+        NotImplementedError: some page does not.
+    """
+    if interpret is not False:
+        return
+    for each in pages:
+        *_, block_size, head_dim = each.shape
+        if head_dim % LANES:
+            raise NotImplementedError(
+                f"pages stored with head_dim {head_dim} would be copied whole by every call; pad the storage to a "
+                f"multiple of {LANES}"
+            )
+        if block_size % 16:
+            raise NotImplementedError(f"block_size {block_size} is no multiple of 16")
+
+
+def require_scalars(count: int) -> None:
+    """``count`` 32-bit numbers fit in scalar memory.
+
+    Raises:
+        NotImplementedError: they do not.
+    """
+    if 4 * count > MAX_SMEM_BYTES:
+        raise NotImplementedError(
+            f"{4 * count} bytes of ids and tables do not fit in the {MAX_SMEM_BYTES} of scalar memory"
+        )
+
+
+def compiler_params(*grid: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
+    """Parameters of a kernel, with the semantics of each dimension of its grid."""
+    return pltpu.CompilerParams(dimension_semantics=grid, vmem_limit_bytes=MAX_VMEM_BYTES)
+
+
+def tile_rows(dtype: Any) -> int:
+    """Rows in a tile of ``dtype``: 8 of 4 bytes, 16 of 2, 32 of 1."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def copy_in_flight(first: Any, count: Any, copy: Callable[[Any], tuple[Any, Any]], depth: int) -> None:
+    """Inside a kernel: do copies ``first`` to ``count``, up to ``depth`` of them at a time.
+
+    ``copy(i)`` gives (whether it is wanted, its descriptor). Copies i and i + depth may share a semaphore.
+    """
+
+    def start(index: Any) -> None:
+        wanted, descriptor = copy(index)
+        pl.when(wanted)(descriptor.start)
+
+    def wait(index: Any) -> None:
+        wanted, descriptor = copy(index)
+        pl.when(wanted)(descriptor.wait)
+
+    @pl.loop(first, count)
+    def _(index: Any) -> None:
+        pl.when(index >= first + depth)(lambda: wait(index - depth))
+        start(index)
+
+    @pl.loop(jnp.maximum(count - depth, first), count)
+    def _(index: Any) -> None:
+        wait(index)
