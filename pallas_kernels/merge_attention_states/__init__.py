@@ -9,7 +9,14 @@ from pallas_kernels.arguments import require_array, require_shape
 from pallas_kernels.dispatch import Implementation, Operation
 from pallas_kernels.errors import require
 
-_OPERATION = Operation("merge_attention_states", {"xla": "pallas_kernels.merge_attention_states.reference"})
+_OPERATION = Operation(
+    "merge_attention_states",
+    {
+        "triton": "pallas_kernels.merge_attention_states.triton",
+        "mosaic_tpu": "pallas_kernels.merge_attention_states.mosaic_tpu",
+        "xla": "pallas_kernels.merge_attention_states.reference",
+    },
+)
 
 
 def merge_attention_states(

@@ -10,7 +10,14 @@ from pallas_kernels.arguments import require_int32, require_pages, require_shape
 from pallas_kernels.dispatch import Implementation, Operation
 from pallas_kernels.errors import require
 
-_OPERATION = Operation("paged_copy", {"xla": "pallas_kernels.paged_copy.reference"})
+_OPERATION = Operation(
+    "paged_copy",
+    {
+        "triton": "pallas_kernels.paged_copy.triton",
+        "mosaic_tpu": "pallas_kernels.paged_copy.mosaic_tpu",
+        "xla": "pallas_kernels.paged_copy.reference",
+    },
+)
 
 Pages = TypeVar("Pages", bound=Any)
 

@@ -7,7 +7,14 @@ import jax
 from pallas_kernels.arguments import require_int32, require_pages
 from pallas_kernels.dispatch import Implementation, Operation
 
-_OPERATION = Operation("paged_gather", {"xla": "pallas_kernels.paged_gather.reference"})
+_OPERATION = Operation(
+    "paged_gather",
+    {
+        "triton": "pallas_kernels.paged_gather.triton",
+        "mosaic_tpu": "pallas_kernels.paged_gather.mosaic_tpu",
+        "xla": "pallas_kernels.paged_gather.reference",
+    },
+)
 
 
 def paged_gather(pages: jax.Array, ids: jax.Array, *, implementation: Implementation = None) -> jax.Array:

@@ -19,7 +19,13 @@ from pallas_kernels.dispatch import Implementation, Operation
 from pallas_kernels.errors import require
 from pallas_kernels.number_format import logical_dtype
 
-_OPERATION = Operation("paged_write", {"xla": "pallas_kernels.paged_write.reference"})
+_OPERATION = Operation(
+    "paged_write",
+    {
+        "triton": "pallas_kernels.paged_write.triton",
+        "xla": "pallas_kernels.paged_write.reference",
+    },
+)
 
 
 def paged_write(

@@ -1,0 +1,101 @@
+"""Compile for NVIDIA GPUs that are not there, down to machine code, and read what the compiler says about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+
+TARGETS = Path(__file__).with_name("targets")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A GPU to compile for; ``file`` holds its GpuTargetConfigProto, ``arch`` is what ptxas calls it."""
+
+    file: str
+    kind: str
+    cores: int
+    arch: str
+
+
+GPUS = {
+    "sm_80": Target("sm80.txtpb", "NVIDIA A100-SXM4-80GB", 108, "sm_80"),
+    "sm_90": Target("sm90.txtpb", "NVIDIA H100 80GB HBM3", 132, "sm_90a"),
+    "sm_100": Target("sm100.txtpb", "NVIDIA B200", 148, "sm_100a"),
+}
+
+
+@functools.cache
+def sharding(gpu: str) -> SingleDeviceSharding:
+    """Everything on the one device that is not there."""
+    text = (TARGETS / GPUS[gpu].file).read_text()
+    topology = topologies.get_topology_desc(gpu, platform="cuda", target_config=text, topology="1x1x1")
+    return SingleDeviceSharding(topology.devices[0])
+
+
+def compile_for(gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+    """``function`` compiled for ``gpu``; ``arguments`` are trees of ``ShapeDtypeStruct``."""
+    device = AbstractDevice(device_kind=GPUS[gpu].kind, num_cores=GPUS[gpu].cores, platform="gpu")
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(gpu)), arguments)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        lowered = jax.jit(function, donate_argnums=donate).trace(*placed).lower(lowering_platforms=("cuda",))
+    return lowered.compile()
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What one kernel takes of the chip."""
+
+    name: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def resources(dump: Path, gpu: str) -> list[Resources]:
+    """Of every kernel whose PTX lies in ``dump`` (``XLA_FLAGS=--xla_dump_to``), as ptxas counts them."""
+    found = []
+    for ptx in sorted(dump.glob("*.ptx")):
+        run = subprocess.run(
+            [ptxas(), f"-arch={GPUS[gpu].arch}", "-v", str(ptx), "-o", os.devnull], capture_output=True, text=True
+        )
+        found += _parse(run.stdout + run.stderr)
+    return found
+
+
+def _parse(report: str) -> list[Resources]:
+    found = []
+    for part in report.split("Compiling entry function")[1:]:
+        name = part.split("'")[1]
+        spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", part))
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        shared = re.search(r"(\d+) bytes smem", part)
+        found.append(Resources(name, registers, spills, int(shared[1]) if shared else 0))
+    return found
+
+
+def ptxas() -> str:
+    """The assembler, of a CUDA toolkit or of the wheel ``nvidia-cuda-nvcc-cu12``."""
+    try:
+        import nvidia.cuda_nvcc as wheel
+
+        found = Path(next(iter(wheel.__path__))) / "bin" / "ptxas"
+        if found.exists():
+            return str(found)
+    except ImportError:
+        pass
+    found = shutil.which("ptxas")
+    if not found:
+        raise FileNotFoundError("ptxas: install nvidia-cuda-nvcc-cu12 or a CUDA toolkit")
+    return found

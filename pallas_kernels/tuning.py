@@ -1,0 +1,73 @@
+"""Kernel parameters that were measured, by operation, implementation, device kind and shape.
+
+The table is ``tuning.json``, refilled by ``python -m benchmarks.tune`` on the device itself. Where it is silent, a
+form takes its own heuristic. A shape is a few named numbers, whatever decides the best parameters; lengths go in
+rounded up to a power of two, so that near sizes share an entry.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).with_name("tuning.json")
+
+_FORCED: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("forced_kernel_parameters", default={})
+
+
+def shape_key(shape: Mapping[str, Any]) -> str:
+    """``"block_size=16,head_dim=128"``: a shape as the table names it."""
+    return ",".join(f"{name}={shape[name]}" for name in sorted(shape))
+
+
+def parameters(
+    operation: str,
+    implementation: str,
+    device_kind: str,
+    shape: Mapping[str, Any],
+    heuristic: Mapping[str, int],
+) -> dict[str, int]:
+    """``heuristic``, overruled by the table's entry for this device and shape, overruled by ``forced``."""
+    entries = table().get(operation, {}).get(implementation, {}).get(device_kind, {})
+    forced = _FORCED.get().get(operation, {})
+    chosen = {**heuristic, **entries.get(shape_key(shape), {}), **forced}
+    unknown = set(chosen) - set(heuristic)
+    if unknown:
+        raise ValueError(f"{operation}, {implementation}: got parameters {sorted(unknown)}, want {sorted(heuristic)}")
+    return chosen
+
+
+@contextmanager
+def forced(operation: str, **chosen: int) -> Iterator[None]:
+    """Inside, ``operation`` runs with these parameters: for tuning and for tests.
+
+    A ``jit`` of the caller's is traced once: enter before its first call.
+    """
+    everything = dict(_FORCED.get())
+    everything[operation] = {**everything.get(operation, {}), **chosen}
+    token = _FORCED.set(everything)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, dict[str, dict[str, int]]]]]:
+    """operation -> implementation -> device kind -> shape key -> parameters."""
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+
+def power_of_2_up_to(limit: int, number: int) -> int:
+    """The largest power of two that divides ``number``, ``limit`` (itself a power of two) at most."""
+    return min(number & -number, limit)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two of at least ``number``."""
+    return 1 << max(number - 1, 0).bit_length()
