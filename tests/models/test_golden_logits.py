@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pyagent_kv_jax.cache import PagedKVCache
+from pyagent_kv_jax.cache.paged_kv_cache import PagedKVCache
 from pyagent_kv_jax.models import load_model
 from tests.models.prompt_attention import PromptAttention, prompt_metadata
 
@@ -21,6 +21,13 @@ TOLERANCE = 1e-4
 CHUNKS = [(7, 0, 0), (1, 0, 13), (22, 0, 1), (15, 0, 5)] + [(1, 0, 1)] * 32
 ROWS = {0: 0, 2: 1}
 PREFILL_TOKENS = 24
+
+
+@pytest.fixture(autouse=True)
+def _exact_products():
+    """GPUs and TPUs would round the factors of float32 products to fewer bits."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def golden(name):

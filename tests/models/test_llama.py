@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pyagent_kv_jax.cache import PagedKVCache
+from pyagent_kv_jax.cache.paged_kv_cache import PagedKVCache
 from pyagent_kv_jax.config import DType
 from pyagent_kv_jax.models import LlamaConfig, LlamaForCausalLM
 from tests.models.prompt_attention import PromptAttention, prompt_metadata
@@ -19,8 +19,9 @@ TOKENS = np.random.default_rng(0).integers(0, 50, 12).astype(np.int32)
 LENGTHS = [5, 7]
 
 
-def logits_of(model, tokens, **options):
-    return model(tokens, PromptAttention(), prompt_metadata(LENGTHS, len(tokens)), **options)[0]
+@jax.jit
+def logits_of(model, tokens, logits_at=None):
+    return model(tokens, PromptAttention(), prompt_metadata(LENGTHS, len(tokens)), logits_at=logits_at)[0]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,12 @@ def decode_step(graph, params, cache, tokens, lens):
 
 def test_a_second_step_does_not_compile(model):
     graph, params = nnx.split(model)
-    step = jax.jit(chex.assert_max_traces(partial(decode_step, graph), n=1), donate_argnums=1)
+
+    @partial(jax.jit, donate_argnums=1)
+    @chex.assert_max_traces(n=1)
+    def step(*arguments):
+        return decode_step(graph, *arguments)
+
     cache = PagedKVCache.create(CONFIG.kv_cache_config(num_blocks=12, block_size=4, max_num_reqs=3))
     for lens in ([1, 1, 1], [1, 0, 1], [0, 0, 1]):
         _, cache = step(params, cache, np.array([3, 1, 4], np.int32), np.array(lens, np.int32))
