@@ -29,8 +29,8 @@ class StepOutput(NamedTuple):
 class CompiledStep:
     """The jitted step of one model; engines over the same model share it, and with it what is compiled.
 
-    Call it with ``(weights, pages, tokens i32[T], meta, logits_at i32[R] | None, sampling, with_margins)``; ``pages`` is
-    donated. Returns ``(pages, StepOutput)``.
+    Call ``run(weights, pages, tokens i32[T], meta, logits_at i32[R] | None, sampling, with_margins)``; ``pages`` is
+    donated. It returns ``(pages, StepOutput)``.
 
     Attributes:
         run: the jitted function.

@@ -1,4 +1,4 @@
-"""``pyagent-kv demo``: the same model, requests, scheduler and memory, once with a dense cache and once with a paged one."""
+"""``pyagent-kv demo``: the same model, requests and memory, once with a dense cache and once with a paged one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class DemoSizes:
 
     num_prompts: int = 48
     prompt_tokens: tuple[int, int] = (16, 1000)
-    output_tokens: tuple[int, int] = (32, 160)
+    output_tokens: tuple[int, int] = (48, 128)
     max_model_len: int = 2048
     dense_rows: int = 4
     block_size: int = 16

@@ -1,8 +1,8 @@
 """The obvious alternative: one contiguous row of ``max_len`` tokens a request, reserved whole when it comes.
 
-It is what a Flax user has today, written as well as that form allows, and shares no code with the paged cache: no page,
-no kernel of ``pallas_kernels``, and a host-side manager of its own. Seen from outside, a row is one block of ``max_len``
-tokens, so the same scheduler and the same model run over it; that makes it an honest baseline and an independent check.
+It is what a Flax user has today, written as well as that form allows, and shares no code with the paged cache: no
+page, no kernel of ``pallas_kernels``, and a host-side manager of its own. Seen from outside, a row is one block of
+``max_len`` tokens, so the same scheduler and the same model run over it: an honest baseline and an independent check.
 """
 
 from __future__ import annotations
@@ -234,9 +234,9 @@ class DenseCacheManager:
 
     def _metadata(
         self,
-        rows: np.ndarray,
-        lengths: np.ndarray,
-        counts: np.ndarray,
+        rows: Any,
+        lengths: Any,
+        counts: Any,
         ok: np.ndarray,
         num_rows: int,
         num_tokens: int | None,

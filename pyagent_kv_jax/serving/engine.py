@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -55,8 +54,8 @@ class Engine:
     back. Shapes come from a fixed set, so that after ``warm_up`` nothing compiles.
 
     Args:
-        model: called as ``model(tokens, pages, meta, logits_at=...)``; its ``config`` tells ``vocab_size`` and
-            ``eos_token_ids``.
+        model: called as ``model(tokens, pages, meta, logits_at=...)``; its ``config``, if it has one, tells
+            ``vocab_size`` and ``eos_token_ids``.
         backend: the cache.
         config: sizes.
 
@@ -85,8 +84,8 @@ class Engine:
         self.num_compilations = 0
         self.on_step: Callable[[Schedule, StepPlan], None] | None = None
         self._step, self._weights = split_model(model)
-        self._vocab_size: int | None = getattr(model.config, "vocab_size", None)
-        self._eos = frozenset(getattr(model.config, "eos_token_ids", ()))
+        self._vocab_size: int | None = getattr(getattr(model, "config", None), "vocab_size", None)
+        self._eos = frozenset(getattr(getattr(model, "config", None), "eos_token_ids", ()))
         self._buckets = config.buckets()
         self._name = f"engine{next(_engine_numbers)}"
         self._request_numbers = itertools.count()
@@ -155,7 +154,7 @@ class Engine:
         for request, token, _ in new_tokens:
             if token < 0:
                 raise KVCacheError(
-                    f"request {request.request_id!r}: the model's logits for its token {len(request.output) - 1} hold NaN"
+                    f"request {request.request_id!r}: got NaN logits for its token {len(request.output) - 1}, want numbers"
                 )
         for error in plan.callback_errors:
             raise error
@@ -177,9 +176,7 @@ class Engine:
         )
         return plan, num_tokens
 
-    def _run(
-        self, schedule: Schedule, plan: StepPlan, num_tokens: int | None
-    ) -> tuple[list[int], np.ndarray | None]:
+    def _run(self, schedule: Schedule, plan: StepPlan, num_tokens: int | None) -> tuple[list[int], np.ndarray | None]:
         """Run the model over the granted tokens and read the chosen ones back: the step's only wait for the device."""
         num_rows = len(plan.metadata.kv_lens)
         tokens = np.zeros(num_rows if num_tokens is None else num_tokens, np.int32)
@@ -226,6 +223,7 @@ class Engine:
         shapes: list[tuple[int, int | None]] = [(rows, None) for rows in self._buckets]
         shapes.append((self.config.max_num_seqs, self.config.token_budget))
         request_id = f"{self._name}-warm-up"
+        self.backend.get_num_free_blocks()
         for num_rows, num_tokens in shapes:
             plan = self.backend.step([request_id], [1], num_rows=num_rows, num_tokens=num_tokens)
             if not plan.ok.all():

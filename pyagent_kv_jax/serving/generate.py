@@ -16,7 +16,7 @@ from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
 from pyagent_kv_jax.serving.cache_backend import CacheBackend
 from pyagent_kv_jax.serving.engine import Engine, EngineConfig
 from pyagent_kv_jax.serving.request import FinishReason, Request
-from pyagent_kv_jax.serving.sampling import SamplingParams
+from pyagent_kv_jax.serving.sampling import GREEDY, SamplingParams
 
 TokenCallback = Callable[[int, int], Any]
 
@@ -42,7 +42,7 @@ def generate(
     model: nnx.Module,
     prompts: Sequence[Sequence[int]],
     *,
-    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
     cache_config: KVCacheConfig | None = None,
     backend: CacheBackend | None = None,
     max_num_seqs: int = 64,
@@ -86,7 +86,7 @@ def generate(
 def serve(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
-    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
     *,
     on_token: TokenCallback | None = None,
     progress: bool = False,

@@ -57,7 +57,9 @@ class SamplingParams:
         self._require("top_k", "None or an integer >= 1", lambda v: v is None or (_is_integer(v) and v >= 1))
         self._require("top_p", "a number > 0 and <= 1", lambda v: _is_real(v) and 0 < v <= 1)
         self._require(
-            "seed", f"None or 0 <= integer <= {_MAX_SEED}", lambda v: v is None or (_is_integer(v) and 0 <= v <= _MAX_SEED)
+            "seed",
+            f"None or 0 <= integer <= {_MAX_SEED}",
+            lambda v: v is None or (_is_integer(v) and 0 <= v <= _MAX_SEED),
         )
         self._require("max_tokens", "an integer >= 1", lambda v: _is_integer(v) and v >= 1)
         self._require(
@@ -76,6 +78,9 @@ def _are_token_ids(values: Any) -> bool:
         return all(_is_integer(value) and value >= 0 for value in values)
     except TypeError:
         return False
+
+
+GREEDY = SamplingParams()
 
 
 class SamplingArrays(NamedTuple):

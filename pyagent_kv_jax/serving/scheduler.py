@@ -51,7 +51,7 @@ class SchedulerConfig:
                 raise InvalidArgumentError(f"SchedulerConfig.{field.name}: got {value!r}, want an integer >= {least}")
         if self.token_budget < self.max_num_seqs:
             raise InvalidArgumentError(
-                f"SchedulerConfig.token_budget: got {self.token_budget}, want at least max_num_seqs = {self.max_num_seqs}"
+                f"SchedulerConfig.token_budget: got {self.token_budget}, want at least {self.max_num_seqs} (max_num_seqs)"
             )
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -60,7 +60,7 @@ class SchedulerConfig:
 
 
 class Schedule(NamedTuple):
-    """What the manager is asked for in one step: requests in order of priority, their token counts, and who is freed."""
+    """What the manager is asked for in one step: requests, most urgent first, their token counts, and who is freed."""
 
     requests: list[Request]
     num_new_tokens: list[int]
@@ -115,7 +115,7 @@ class Scheduler:
             raise RequestTooLongError(f"{what}, want at most {self.config.max_model_len} (one row)")
         if self.config.blocks_for(cached) > self.config.num_blocks:
             raise RequestTooLongError(
-                f"{what}, i.e. {self.config.blocks_for(cached)} blocks, want at most {self.config.num_blocks} (the pool)"
+                f"{what}, {self.config.blocks_for(cached)} blocks, want at most {self.config.num_blocks} (the pool)"
             )
 
     def add(self, request: Request) -> None:
@@ -188,7 +188,9 @@ class Scheduler:
             del self._pending_free[request_id]
         new_tokens: list[NewToken] = []
         refused: list[tuple[Request, int]] = []
-        for row, (request, count, served) in enumerate(zip(schedule.requests, schedule.num_new_tokens, ok, strict=True)):
+        for row, (request, count, served) in enumerate(
+            zip(schedule.requests, schedule.num_new_tokens, ok, strict=True)
+        ):
             if not served:
                 refused.append((request, count))
                 continue
@@ -231,8 +233,8 @@ class Scheduler:
         if refused and not served_any and not self._pending_free:
             request, count = refused[0]
             raise OutOfBlocksError(
-                f"request {request.request_id!r} wants {blocks_for(request.num_computed + count)} blocks, and was refused "
-                f"with nobody else left to preempt: blocks of the pool ({self.config.num_blocks}) are held elsewhere"
+                f"request {request.request_id!r} wants {blocks_for(request.num_computed + count)} blocks and was refused "
+                f"with nobody left to preempt: blocks of the pool ({self.config.num_blocks}) are held elsewhere"
             )
 
     def _preempt_newest(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 from pyagent_kv_jax.errors import CallbackError, InvalidArgumentError
 from pyagent_kv_jax.models import load_model, load_tokenizer
 from pyagent_kv_jax.serving.generate import GenerationResult, generate
-from pyagent_kv_jax.serving.sampling import SamplingParams
+from pyagent_kv_jax.serving.sampling import GREEDY, SamplingParams
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -17,9 +17,9 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class IncrementalDetokenizer:
     """Turns the tokens of one answer into text, piece by piece.
 
-    The text of a token depends on its neighbours: a character may be spread over several byte tokens, and a leading space
-    is dropped at the start of a text. So each piece is the difference of two decodings over a short window, and text that
-    ends in an unfinished character is held back until the next token completes it.
+    The text of a token depends on its neighbours: a character may be spread over several byte tokens, and a leading
+    space is dropped at the start of a text. So each piece is the difference of two decodings over a short window, and
+    text that ends in an unfinished character is held back until the next token completes it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -92,7 +92,7 @@ class LLM:
     def generate(
         self,
         prompts: Sequence[str],
-        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+        sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
         *,
         on_text: Callable[[int, str], Any] | None = None,
         **options: Any,

@@ -4,7 +4,7 @@ from pyagent_kv_jax.errors import UnknownRequestError
 
 
 class FakeManager:
-    """``step`` as the contract has it: free first, then serve in order; once one does not fit, refuse who wants blocks."""
+    """``step`` as the contract has it: free, then serve in order; once one does not fit, refuse who wants blocks."""
 
     def __init__(self, num_blocks, block_size, max_rows=10**6):
         self.num_blocks, self.block_size, self.max_rows = num_blocks, block_size, max_rows

@@ -127,9 +127,7 @@ def test_a_greedy_batch_does_not_sort_or_draw():
 def test_tiny_temperature_is_greedy_and_nan_logits_show():
     logits = random_logits(2)
     params = [SamplingParams(temperature=1e-30)] * 2
-    chex.assert_trees_all_equal(
-        np.asarray(sample_jit(logits, arrays(params))), logits.argmax(-1).astype(np.int32)
-    )
+    chex.assert_trees_all_equal(np.asarray(sample_jit(logits, arrays(params))), logits.argmax(-1).astype(np.int32))
     logits[1, 4] = np.nan
     for each in (SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=2)):
         tokens = np.asarray(sample_jit(logits, arrays([each] * 2)))

@@ -222,5 +222,5 @@ def test_what_can_never_fit_is_refused_on_arrival(length, max_tokens, error, mes
 @pytest.mark.parametrize("sizes", [{"max_num_seqs": 0}, {"token_budget": 3}, {"watermark_blocks": -1}])
 def test_bad_sizes(sizes):
     good = {"max_num_seqs": 4, "token_budget": 8, "block_size": 4, "num_blocks": 10, "max_model_len": 100}
-    with pytest.raises(InvalidArgumentError, match="got .*want"):
+    with pytest.raises(InvalidArgumentError, match=r"got .*want"):
         SchedulerConfig(**{**good, **sizes})

@@ -81,5 +81,9 @@ def test_llm_streams_what_it_returns():
     assert [len(result.tokens.token_ids) for result in results] == [7, 7]
     with pytest.raises(InvalidArgumentError, match="want text"):
         llm.generate(["hello", ""])
+
+    def on_text(index, piece):
+        raise RuntimeError("boom")
+
     with pytest.raises(CallbackError, match="boom"):
-        llm.generate(["hello"], on_text=lambda *_: (_ for _ in ()).throw(RuntimeError("boom")), max_num_seqs=4, token_budget=16)
+        llm.generate(["hello"], SamplingParams(max_tokens=7), on_text=on_text, max_num_seqs=4, token_budget=16)
