@@ -73,6 +73,4 @@ class Operation:
 
 def _check_name(implementation: Any) -> None:
     if implementation not in IMPLEMENTATIONS:
-        raise ArgumentError(
-            f"implementation: got {implementation!r}, want one of {list(IMPLEMENTATIONS)} or None"
-        )
+        raise ArgumentError(f"implementation: got {implementation!r}, want one of {list(IMPLEMENTATIONS)} or None")

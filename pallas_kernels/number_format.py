@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels.errors import require
 
 KV_DTYPES = tuple(
-    jnp.dtype(dtype)
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
+    jnp.dtype(dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 )
 _BITS = {1: jnp.dtype(jnp.uint8), 2: jnp.dtype(jnp.uint16), 4: jnp.dtype(jnp.uint32)}
 
@@ -33,9 +32,7 @@ def logical_dtype(name: str, storage: Any, kv_dtype: Any) -> jnp.dtype:
     """
     storage, names = jnp.dtype(storage), [dtype.name for dtype in KV_DTYPES]
     if kv_dtype is None:
-        require(
-            storage in KV_DTYPES, name, f"pages of {storage}", f"kv_dtype given, or pages of one of {names}"
-        )
+        require(storage in KV_DTYPES, name, f"pages of {storage}", f"kv_dtype given, or pages of one of {names}")
         return storage
     try:
         logical = jnp.dtype(kv_dtype)
@@ -43,9 +40,7 @@ def logical_dtype(name: str, storage: Any, kv_dtype: Any) -> jnp.dtype:
         logical = None
     require(logical in KV_DTYPES, "kv_dtype", kv_dtype, f"one of {names}")
     fits = storage in (logical, _BITS[logical.itemsize])
-    require(
-        fits, name, f"pages of {storage} for kv_dtype {logical}", f"{logical} or {_BITS[logical.itemsize]}"
-    )
+    require(fits, name, f"pages of {storage} for kv_dtype {logical}", f"{logical} or {_BITS[logical.itemsize]}")
     return logical
 
 

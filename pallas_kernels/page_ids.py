@@ -23,5 +23,5 @@ def report_out_of_range(name: str, ids: jax.Array, size: int) -> None:
 
 
 def nowhere_if_invalid(ids: jax.Array, size: int) -> jax.Array:
-    """Ids outside [0, size) become ``size``, past the end, for ``drop`` and ``fill`` to see. (-1 would wrap.)"""
+    """Ids outside [0, size) become ``size``: past the end, for ``drop`` and ``fill``. -1 would wrap."""
     return jnp.where((ids >= 0) & (ids < size), ids, size)

@@ -9,7 +9,13 @@ import jax
 from pallas_kernels.dispatch import Implementation, Operation
 from pallas_kernels.paged_attention.arguments import check_arguments
 
-_OPERATION = Operation("paged_attention", {"xla": "pallas_kernels.paged_attention.reference"})
+_OPERATION = Operation(
+    "paged_attention",
+    {
+        "triton": "pallas_kernels.paged_attention.triton",
+        "xla": "pallas_kernels.paged_attention.reference",
+    },
+)
 
 
 def paged_attention(
@@ -133,6 +139,6 @@ def paged_attention(
 
 def _refuse_gradient(primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
-        "paged_attention has no gradient: it reads a KV cache, which is for inference. Train with attention over the "
-        "sequence itself (jax.nn.dot_product_attention), or jax.lax.stop_gradient what goes in here"
+        "paged_attention has no gradient: it reads a KV cache, which is for inference. Train with attention over "
+        "the sequence itself (jax.nn.dot_product_attention), or jax.lax.stop_gradient what goes in here"
     )

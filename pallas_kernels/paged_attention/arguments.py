@@ -52,9 +52,7 @@ def check_arguments(**arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _check_pages(q: Any, k_pages: Any, v_pages: Any) -> None:
     if v_pages is None:
-        raise NotImplementedError(
-            "v_pages=None is reserved for latent attention (MLA), which is not there yet"
-        )
+        raise NotImplementedError("v_pages=None is reserved for latent attention (MLA), which is not there yet")
     require_pages("k_pages", k_pages)
     require_pages("v_pages", v_pages)
     require_shape("v_pages", v_pages, (*k_pages.shape[:3], v_pages.shape[3]), "k_pages but for head_dim")
@@ -63,9 +61,7 @@ def _check_pages(q: Any, k_pages: Any, v_pages: Any) -> None:
     want = "floating [tokens, q_heads, head_dim]"
     require_array("q", q, want, 3)
     require(jnp.issubdtype(q.dtype, jnp.floating), "q", q, want)
-    require(
-        q.shape[1] > 0 and q.shape[1] % kv_heads == 0, "q", q, f"q_heads a multiple of kv_heads {kv_heads}"
-    )
+    require(q.shape[1] > 0 and q.shape[1] % kv_heads == 0, "q", q, f"q_heads a multiple of kv_heads {kv_heads}")
     fits = 0 < q.shape[2] <= storage_head_dim
     require(fits, "q", q, f"head_dim 1 to {storage_head_dim}, the head_dim of k_pages {describe(k_pages)}")
 
@@ -74,9 +70,7 @@ def _v_head_dim(q: Any, v_pages: Any, v_head_dim: Any) -> int:
     if v_head_dim is None:
         return min(q.shape[-1], v_pages.shape[-1])
     require_positive_int("v_head_dim", v_head_dim)
-    require(
-        v_head_dim <= v_pages.shape[-1], "v_head_dim", v_head_dim, f"at most {v_pages.shape[-1]}, of v_pages"
-    )
+    require(v_head_dim <= v_pages.shape[-1], "v_head_dim", v_head_dim, f"at most {v_pages.shape[-1]}, of v_pages")
     return int(v_head_dim)
 
 
@@ -140,9 +134,7 @@ def _context_parallel(value: Any) -> ContextParallel:
     require_int_scalar("context_parallel rank", rank, minimum=0)
     require_positive_int("context_parallel interleave", interleave)
     if not isinstance(rank, jax.core.Tracer):
-        require(
-            int(rank) < size, "context_parallel rank", f"{int(rank)}", f"0 to {size - 1}, of {size} ranks"
-        )
+        require(int(rank) < size, "context_parallel rank", f"{int(rank)}", f"0 to {size - 1}, of {size} ranks")
     return ContextParallel(int(size), rank, int(interleave))
 
 

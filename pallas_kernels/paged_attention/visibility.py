@@ -12,11 +12,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import checkify
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["sliding_window", "chunk_size"], meta_fields=["causal"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["sliding_window", "chunk_size"], meta_fields=["causal"])
 @dataclasses.dataclass(frozen=True)
 class Visibility:
     """The mask, but for lengths.
@@ -30,6 +29,13 @@ class Visibility:
     causal: bool
     sliding_window: jax.Array | None
     chunk_size: jax.Array | None
+
+    def report(self) -> None:
+        """Under ``checkify``, an error unless the window and the chunk hold at least one position."""
+        for name, size in (("sliding_window", self.sliding_window), ("chunk_size", self.chunk_size)):
+            if size is not None:
+                message = f"{name}: got {{size}}, want at least 1"
+                checkify.debug_check(jnp.asarray(size) >= 1, message, size=jnp.asarray(size))
 
     def interval(self, position: jax.Array, kv_len: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First and one past the last position seen from ``position`` i32[...]; a negative one sees none."""

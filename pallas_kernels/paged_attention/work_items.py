@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import checkify
 
 from pallas_kernels.paged_attention.context_parallel import ContextParallel
 
@@ -51,11 +52,11 @@ class Sequences:
         bounds = jnp.clip(query_start_loc, 0, tokens)
         return cls(bounds[:-1], jnp.maximum(bounds[1:] - bounds[:-1], 0), kv_lens)
 
-    def items(self, tile: int, smallest: int, largest: int | None) -> Items:
-        """Items of ``tile`` queries, of those sequences that have ``smallest`` to ``largest`` queries."""
-        mine = self.query_len >= smallest
-        if largest is not None:
-            mine &= self.query_len <= largest
+    def items(self, tile: int, *, fewest: int, most: int | None = None) -> Items:
+        """Items of ``tile`` queries, of those sequences that have ``fewest`` to ``most`` queries."""
+        mine = self.query_len >= fewest
+        if most is not None:
+            mine &= self.query_len <= most
         counts = jnp.where(mine, -(-self.query_len // tile), 0)
         return Items(self, tile, jnp.cumsum(counts, dtype=jnp.int32))
 
@@ -123,10 +124,16 @@ class Tables:
             block_positions = jnp.pad(block_positions, pad, constant_values=-1)
         return cls(blocks, block_positions, block_tables.shape[1], step, block_size, context)
 
-    def needed_columns(
-        self, sequence: jax.Array, start: jax.Array, end: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """First and one past the last column of ``sequence`` with positions in [start, end); equal if none."""
+    def report(self, kv_lens: jax.Array) -> None:
+        """Under ``checkify``, an error unless every sequence fits its row of the table."""
+        if self.positions is None:
+            most = self.width * self.block_size * self.context.size
+            message = f"kv_lens: got up to {{longest}}, want at most the {most} tokens of a row of block_tables"
+            longest = jnp.max(kv_lens, initial=0)
+            checkify.debug_check(longest <= most, message, longest=longest)
+
+    def needed_columns(self, sequence: jax.Array, start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First and one past the last column of ``sequence`` in [start, end); equal if none is."""
         if self.positions is None:
             low, high = self.context.local_length(start), self.context.local_length(end)
             first, last = low // self.block_size, -(-high // self.block_size)

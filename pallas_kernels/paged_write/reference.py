@@ -72,7 +72,7 @@ def report_run_errors(first_token: jax.Array, length: jax.Array, capacity: int) 
 
 
 def scatter_tokens(pages: jax.Array, page: jax.Array, offset: jax.Array, rows: jax.Array) -> jax.Array:
-    """Put rows [T, kv_heads, d] at (page[t], :, offset[t], :d) of pages [pages, kv_heads, block_size, D >= d]."""
+    """Put rows [T, kv_heads, d] at (page[t], :, offset[t], :d) of pages [pages, kv_heads, block_size, D]."""
     dimensions = lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2), inserted_window_dims=(0, 2), scatter_dims_to_operand_dims=(0, 2)
     )
