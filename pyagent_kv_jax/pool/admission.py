@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pyagent_kv_jax.tables.in_place import after
 from pyagent_kv_jax.tables.ragged import are_offsets, offsets_from_lengths, rows_of_entries
 
 
@@ -60,7 +61,7 @@ def look_up_hits(
     hit_offsets: jax.Array,
     row_valid: jax.Array,
     order: jax.Array | None,
-) -> tuple[Hits, jax.Array]:
+) -> tuple[Hits, jax.Array, jax.Array]:
     """Check the hits and find out which entries revive a block, without sorting.
 
     Free blocks have a count of 0, so the counts serve as scratch: each entry that names a free block bids its place
@@ -68,7 +69,7 @@ def look_up_hits(
     own has won.
 
     Returns:
-        The hits, and ``ref_counts`` as it was (but updated in place).
+        The hits, and ``ref_counts`` and ``cached`` as they were, in the form that later updates leave in place.
     """
     num_blocks, num_rows, num_hits = ref_counts.shape[0], row_valid.shape[0], hits.shape[0]
     lengths = jnp.diff(hit_offsets)
@@ -87,7 +88,7 @@ def look_up_hits(
     lowest = ref_counts.at[block].get(mode="fill", fill_value=0)
     has_bid = bids & (lowest < 0)
     ref_counts = ref_counts.at[jnp.where(has_bid, block, num_blocks)].set(0, mode="drop")
-    return Hits(block, row, lengths, has_bid & (lowest == bid), row_ok), ref_counts
+    return Hits(block, row, lengths, has_bid & (lowest == bid), row_ok), ref_counts, after(cached, usable)
 
 
 def _places(offsets: jax.Array, row: jax.Array, order: jax.Array | None) -> jax.Array:

@@ -238,7 +238,7 @@ def _admit(
     order: jax.Array | None,
     capacity: int,
 ) -> tuple[BlockPool, Admission]:
-    num_blocks, queued, ref_counts = pool.num_blocks, pool._queues(), pool.ref_counts
+    num_blocks, queued, ref_counts, cached = pool.num_blocks, pool._queues(), pool.ref_counts, pool.cached
     valid = counts >= 0
     cost = length = jnp.clip(counts, 0, capacity + 1)  # more can't be given, and sums stay within int32
     if order is not None:
@@ -246,7 +246,7 @@ def _admit(
         order = jnp.where(proper, order, jnp.arange(counts.shape[0], dtype=jnp.int32))
     found = None
     if lookup is not None:
-        found, ref_counts = admission.look_up_hits(ref_counts, pool.cached, *lookup, valid, order)
+        found, ref_counts, cached = admission.look_up_hits(ref_counts, cached, *lookup, valid, order)
         valid &= found.row_ok
         cost = cost.at[found.row].add(found.revives.astype(jnp.int32), mode="drop")
         length = length + found.lengths
@@ -264,7 +264,7 @@ def _admit(
         queued = queues.sweep(queued, jnp.sum(revived, dtype=jnp.int32))
         hits = (*lookup, jnp.where(ok, found.lengths, 0))
     num_uncached = queued.at.num_uncached
-    queued, cached, new_ids = queues.pop(queued, pool.cached, jnp.sum(granted, dtype=jnp.int32), capacity)
+    queued, cached, new_ids = queues.pop(queued, cached, jnp.sum(granted, dtype=jnp.int32), capacity)
     ref_counts = ref_counts.at[jnp.where(new_ids < 0, num_blocks, new_ids)].set(1, mode="drop")
     ids, row_offsets, evicted = admission.lay_out(new_ids, num_uncached, granted, order, hits)
     return pool._with(queued, ref_counts=ref_counts, cached=cached), Admission(ids, row_offsets, ok, evicted)
