@@ -1,0 +1,95 @@
+"""The names the project was asked for, letter by letter: classes, methods and parameters.
+
+Where the seed's constructor took a config, ours is ``create(config)`` for pytrees. Names that no floor has yet are
+added here with the floor that brings them.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import pyagent_kv_jax
+
+METHODS = {
+    "BlockTable": {
+        "create": ["config"],
+        "append_row": ["row_idx", "block_ids", "num_tokens"],
+        "get_row": ["row_idx"],
+        "clear_row": ["row_idx"],
+        "compute_slot_mapping": ["row_idx", "num_tokens", "start_position"],
+        "update_slot_mapping": ["token_positions"],
+        "get_num_blocks": ["row_idx"],
+        "get_total_blocks": [],
+    },
+    "KVCacheConfig": {"kv_size_per_token": [], "block_size_bytes": []},
+    "PagedKVCache": {
+        "create": ["config"],
+        "allocate_for_request": ["request_id", "num_tokens"],
+        "extend_allocation": ["request_id", "additional_tokens"],
+        "free_request": ["request_id"],
+        "get_block_table": ["request_id", "layer_idx"],
+        "usage": [],
+        "get_num_free_blocks": [],
+    },
+    "KVCacheManager": {
+        "__init__": ["config"],
+        "allocate": ["request_id", "num_tokens"],
+        "extend": ["request_id", "additional_tokens"],
+        "free": ["request_id"],
+        "get_block_table": ["request_id", "layer_idx"],
+        "usage": [],
+        "get_num_free_blocks": [],
+        "can_allocate": ["num_tokens"],
+        "on_memory_pressure": ["callback"],
+        "_trigger_memory_pressure": [],
+    },
+}
+FIELDS = {
+    "BlockTableConfig": [
+        "block_size",
+        "kernel_block_size",
+        "max_num_reqs",
+        "max_num_blocks_per_req",
+        "max_num_batched_tokens",
+        "cp_kv_cache_interleave_size",
+    ],
+    "KVCacheConfig": ["num_layers", "num_heads", "head_dim", "num_blocks", "block_size", "dtype", "device"],
+}
+MEMBERS = {
+    "DeviceType": {"CPU": "cpu", "CUDA": "cuda", "TPU": "tpu", "MPS": "mps"},
+    "DType": {"FLOAT16": "float16", "BFLOAT16": "bfloat16", "FLOAT32": "float32", "INT8": "int8", "FP8": "fp8"},
+}
+FUNCTIONS = {"create_kv_cache_manager": ["num_layers", "num_heads", "head_dim", "num_blocks", "block_size"]}
+
+
+@pytest.mark.parametrize(("name", "method"), [(name, method) for name in METHODS for method in METHODS[name]])
+def test_methods_and_their_parameters(name: str, method: str) -> None:
+    parameters = list(inspect.signature(getattr(getattr(pyagent_kv_jax, name), method)).parameters)
+    wanted = METHODS[name][method]
+    assert [p for p in parameters if p in wanted] == wanted
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields(name: str) -> None:
+    assert set(FIELDS[name]) <= set(inspect.signature(getattr(pyagent_kv_jax, name)).parameters)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_are_strings(name: str) -> None:
+    kind = getattr(pyagent_kv_jax, name)
+    assert {member.name: member.value for member in kind} == MEMBERS[name]
+    assert all(isinstance(member, str) for member in kind)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name: str) -> None:
+    parameters = list(inspect.signature(getattr(pyagent_kv_jax, name)).parameters)
+    assert parameters[: len(FUNCTIONS[name])] == FUNCTIONS[name]
+
+
+def test_everything_public_is_exported() -> None:
+    assert sorted(pyagent_kv_jax.__all__, key=str.lower) == sorted(set(pyagent_kv_jax.__all__), key=str.lower)
+    for name in pyagent_kv_jax.__all__:
+        assert getattr(pyagent_kv_jax, name).__doc__
