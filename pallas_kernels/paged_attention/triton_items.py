@@ -1,0 +1,44 @@
+"""Which programs there are: one for each sequence with few queries, one for each tile of the others' rows.
+
+An item is i32[5]: sequence, first row of the tile, token of the sequence's first query, number of queries, kv_len; no
+queries means no item. What is known only at run time is how many items there are; the bound is known at trace time.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.work_items import Sequences
+
+
+def items_of_short(of: Sequences, most: int) -> jax.Array:
+    """Item i is sequence i, with all its queries if those are ``most`` or fewer."""
+    index = jnp.arange(of.start.shape[0], dtype=jnp.int32)
+    queries = jnp.where(of.query_len <= most, of.query_len, 0)
+    return jnp.stack([index, jnp.zeros_like(index), of.start, queries, of.kv_len], axis=1)
+
+
+def items_of_long(of: Sequences, tokens: int, *, more_than: int, group: int, rows: int) -> jax.Array:
+    """Tiles of ``rows`` rows of all sequences with ``more_than`` queries or more, the last tiles first.
+
+    Tokens that belong to no sequence, before the first and after the last, count as two more sequences, of no keys:
+    their queries stand at negative positions, and so their outputs are written too.
+    """
+    seqs = of.start.shape[0]
+    zero = jnp.zeros(1, jnp.int32)
+    end = of.start[-1:] + of.query_len[-1:]
+    start = jnp.concatenate([zero, of.start, end])
+    query_len = jnp.concatenate([of.start[:1], of.query_len, tokens - end])
+    kv_len = jnp.concatenate([zero, of.kv_len, zero])
+    is_real = jnp.arange(seqs + 2) % (seqs + 1) != 0
+    mine = (query_len > more_than) | ~is_real
+    tiles = jnp.where(mine, -(-query_len * group // rows), 0)
+    ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    bound = tokens * group // rows + min(seqs, tokens // (more_than + 1)) + 2
+    index = jnp.arange(bound, dtype=jnp.int32)[::-1]
+    which = jnp.minimum(jnp.sum(ends[None, :] <= index[:, None], axis=1, dtype=jnp.int32), seqs + 1)
+    first_row = (index - (ends - tiles)[which]) * rows
+    queries = jnp.where(index < ends[-1], query_len[which], 0)
+    sequence = jnp.clip(which - 1, 0, seqs - 1)
+    return jnp.stack([sequence, first_row, start[which], queries, kv_len[which]], axis=1)

@@ -1,0 +1,70 @@
+"""How the Triton attention kernel is cut: from the tuning table, or by rule where it is silent."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from pallas_kernels.nvidia import Gpu
+from pallas_kernels.tuning import parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Tiles, and what the compiler is told, for short (decode) and long (prefill) sequences.
+
+    Attributes:
+        decode_keys, prefill_keys: of a step.
+        prefill_rows: of a tile; decode takes as few as hold a sequence.
+        decode_warps, prefill_warps, decode_stages, prefill_stages: for the compiler.
+        programs_per_core: decode is split over the keys until there are so many programs a core.
+        fewest_keys: of a split, where there are so many.
+    """
+
+    decode_keys: int
+    decode_warps: int
+    decode_stages: int
+    programs_per_core: int
+    fewest_keys: int
+    prefill_rows: int
+    prefill_keys: int
+    prefill_warps: int
+    prefill_stages: int
+
+    def splits(self, gpu: Gpu, programs: int, longest_context: int) -> int:
+        """Parts to deal each sequence's keys to."""
+        wanted = -(-self.programs_per_core * gpu.cores // programs)
+        possible = -(-longest_context // self.fewest_keys)
+        return max(min(wanted, possible, 128), 1)
+
+
+def choose_parameters(gpu: Gpu, q: jax.Array, k_pages: jax.Array, kv_dtype: Any) -> Parameters:
+    """For these shapes on this GPU."""
+    group, head_dim = q.shape[1] // k_pages.shape[1], q.shape[2]
+    shape = {
+        "group": group,
+        "head_dim": head_dim,
+        "block_size": k_pages.shape[2],
+        "itemsize": kv_dtype.itemsize,
+        "q_itemsize": q.dtype.itemsize,
+    }
+    chosen = parameters("paged_attention", "triton", gpu.kind, shape, heuristic(head_dim, q.dtype.itemsize))
+    return Parameters(**chosen)
+
+
+def heuristic(head_dim: int, q_itemsize: int) -> dict[str, int]:
+    """A step of K and V in two or three stages of shared memory, the accumulators in registers."""
+    wide, exact = head_dim > 128, q_itemsize > 2
+    return {
+        "decode_keys": 32 if wide or exact else 64,
+        "decode_warps": 4,
+        "decode_stages": 2 if exact else 3,
+        "programs_per_core": 4,
+        "fewest_keys": 256,
+        "prefill_rows": 32 if exact else 64 if wide else 128,
+        "prefill_keys": 32 if exact else 64,
+        "prefill_warps": 4 if wide or exact else 8,
+        "prefill_stages": 2 if wide or exact else 3,
+    }
