@@ -166,7 +166,7 @@ def main() -> None:
     """Tokenizer, training, files, samples."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of 1,024 or 2,048 tokens")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of 1,024 or 2,048 tokens")
     parser.add_argument("--time-budget", type=float, default=30.0, help="minutes after which training ends early")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
