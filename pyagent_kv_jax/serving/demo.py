@@ -42,15 +42,17 @@ class DemoSizes:
         dense_rows: rows of the dense cache; the paged one has as many bytes.
         block_size: tokens of a block of the paged cache.
         token_budget: tokens computed in one step.
+        row_buckets: batch sizes that decode steps are padded to.
     """
 
     num_prompts: int = 48
     prompt_tokens: tuple[int, int] = (16, 1000)
-    output_tokens: tuple[int, int] = (48, 128)
+    output_tokens: tuple[int, int] = (96, 160)
     max_model_len: int = 2048
     dense_rows: int = 4
     block_size: int = 16
     token_budget: int = 256
+    row_buckets: tuple[int, ...] = (4, 16, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +158,9 @@ def _serve(
     sizes: DemoSizes,
 ) -> tuple[Run, Engine]:
     """Warm up, then serve everything with the clock running."""
-    engine = Engine(model, backend, EngineConfig(max_num_seqs, sizes.token_budget, with_margins=True))
+    engine = Engine(
+        model, backend, EngineConfig(max_num_seqs, sizes.token_budget, sizes.row_buckets, with_margins=True)
+    )
     engine.warm_up()
     record = CacheRecord(backend.config.pool_blocks, backend.config.block_size)
     engine.on_step = record.add

@@ -94,25 +94,29 @@ class DenseKVCache:
         return out[:, 0].at[row].get(mode="fill", fill_value=0)
 
     def _attend_ragged(self, layer: ArrayLike, q: jax.Array, meta: AttentionMetadata, attend: Any) -> jax.Array:
-        """Queries padded to ``[R, max_query_len]``, one row at a time, so that decoding rows skip the padding."""
+        """Queries padded to ``[R, max_query_len]``, one row at a time, so that decoding rows skip the padding.
+
+        A chunk of a prompt attends over the first 1/8, 1/4, 1/2 or all of its row, whichever holds what is written.
+        """
         assert meta.query_start_loc is not None
         starts, num_queries = meta.query_start_loc[:-1], jnp.diff(meta.query_start_loc)
         max_query_len = q.shape[0] if meta.max_query_len is None else min(meta.max_query_len, q.shape[0])
         padded = (max_query_len, q.shape[1], self.v.shape[-1])
+        prefixes = [-(-self.k.shape[3] // part) for part in (8, 4, 2, 1)]
 
         def run_row(inputs: Any) -> jax.Array:
             row, start, count, kv_len = inputs
 
-            def attend_first(width: int) -> jax.Array:
+            def attend_over(width: int, prefix: int) -> jax.Array:
                 queries = q.at[start + jnp.arange(width)].get(mode="fill", fill_value=0)
-                out = attend(queries, self.k[layer, row], self.v[layer, row], kv_len, kv_len - count)
+                k, v = self.k[layer, row, :, :prefix], self.v[layer, row, :, :prefix]
+                out = attend(queries, k, v, kv_len, kv_len - count)
                 return jnp.zeros(padded, out.dtype).at[:width].set(out)
 
-            idle = partial(jnp.zeros, padded, jnp.float32)
-            return jax.lax.switch(
-                (count > 0).astype(jnp.int32) + (count > 1),
-                (idle, partial(attend_first, 1), partial(attend_first, max_query_len)),
-            )
+            branches = [partial(jnp.zeros, padded, jnp.float32), partial(attend_over, 1, prefixes[-1])]
+            branches += [partial(attend_over, max_query_len, prefix) for prefix in prefixes]
+            chunk = 2 + jnp.sum(kv_len > jnp.array(prefixes[:-1]))
+            return jax.lax.switch(jnp.where(count > 1, chunk, count), branches)
 
         out = jax.lax.map(run_row, (meta.block_tables[:, 0], starts, num_queries, meta.kv_lens))
         token = jnp.arange(q.shape[0])
@@ -253,11 +257,12 @@ class DenseCacheManager:
             offset = np.arange(num_tokens) - query_start_loc[token_row]
         positions = np.where(used, lengths[token_row] + offset, 0).astype(np.int32)
         slots = np.where(used, rows[token_row] * self.config.max_model_len + positions, -1).astype(np.int32)
-        return AttentionMetadata(
-            block_tables=rows[:, None],
-            kv_lens=np.where(counts > 0, lengths + counts, 0).astype(np.int32),
-            query_start_loc=query_start_loc,
-            slot_mapping=slots,
-            positions=positions,
-            ok=np.pad(ok, pad),
-        )
+        arrays: dict[str, Any] = {
+            "block_tables": rows[:, None],
+            "kv_lens": np.where(counts > 0, lengths + counts, 0).astype(np.int32),
+            "query_start_loc": query_start_loc,
+            "slot_mapping": slots,
+            "positions": positions,
+            "ok": np.pad(ok, pad),
+        }
+        return AttentionMetadata(**arrays)

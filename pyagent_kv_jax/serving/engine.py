@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.errors import InvalidArgumentError, KVCacheError, OutOfBlocksError, UnknownRequestError
 from pyagent_kv_jax.manager.step_plan import StepPlan
 from pyagent_kv_jax.serving.cache_backend import CacheBackend
@@ -30,7 +31,8 @@ class EngineConfig:
     Attributes:
         max_num_seqs: requests running at once.
         token_budget: tokens computed in a step that does any prefill.
-        row_buckets: batch sizes a pure decode step is padded to. None: powers of four up to ``max_num_seqs``.
+        row_buckets: batch sizes a pure decode step is padded to. None: 4, 8, 16, ... ``max_num_seqs``.
+        token_buckets: token counts a step with prefill is padded to. None: a quarter of ``token_budget``, and all.
         watermark: share of the pool kept free for running requests when a waiting one is admitted.
         with_margins: also return how clear each choice of a token was.
     """
@@ -38,13 +40,22 @@ class EngineConfig:
     max_num_seqs: int = 64
     token_budget: int = 256
     row_buckets: tuple[int, ...] | None = None
+    token_buckets: tuple[int, ...] | None = None
     watermark: float = 0.01
     with_margins: bool = False
 
-    def buckets(self) -> tuple[int, ...]:
+    def decode_sizes(self) -> tuple[int, ...]:
         """``row_buckets``, resolved: ascending, the last one ``max_num_seqs``."""
-        chosen = self.row_buckets or tuple(4**i for i in range(self.max_num_seqs.bit_length()))
-        return (*sorted(size for size in set(chosen) if size < self.max_num_seqs), self.max_num_seqs)
+        chosen = self.row_buckets or [4 * 2**i for i in range(self.max_num_seqs.bit_length())]
+        return _ascending_to(self.max_num_seqs, chosen)
+
+    def prefill_sizes(self) -> tuple[int, ...]:
+        """``token_buckets``, resolved: ascending, the last one ``token_budget``."""
+        return _ascending_to(self.token_budget, self.token_buckets or [-(-self.token_budget // 4)])
+
+
+def _ascending_to(largest: int, sizes: Iterable[int]) -> tuple[int, ...]:
+    return (*sorted(size for size in set(sizes) if 0 < size < largest), largest)
 
 
 class Engine:
@@ -86,7 +97,7 @@ class Engine:
         self._step, self._weights = split_model(model)
         self._vocab_size: int | None = getattr(getattr(model, "config", None), "vocab_size", None)
         self._eos = frozenset(getattr(getattr(model, "config", None), "eos_token_ids", ()))
-        self._buckets = config.buckets()
+        self._decode_sizes, self._prefill_sizes = config.decode_sizes(), config.prefill_sizes()
         self._name = f"engine{next(_engine_numbers)}"
         self._request_numbers = itertools.count()
 
@@ -146,64 +157,52 @@ class Engine:
             KVCacheError: the model gave NaN for a token.
         """
         schedule = self.scheduler.schedule(self.backend.get_num_free_blocks)
-        plan, num_tokens = self._plan(schedule)
-        tokens, margins = self._run(schedule, plan, num_tokens) if plan.ok.any() else ([0] * len(plan.ok), None)
+        plan = self._plan(schedule)
+        tokens, margins = self._run(schedule, plan) if plan.ok.any() else ([0] * len(plan.ok), None)
         new_tokens = self.scheduler.update(schedule, plan.ok.tolist(), tokens)
         if self.on_step is not None:
             self.on_step(schedule, plan)
         for request, token, _ in new_tokens:
             if token < 0:
                 raise KVCacheError(
-                    f"request {request.request_id!r}: got NaN logits for its token {len(request.output) - 1}, want numbers"
+                    f"request {request.request_id!r}: got NaN logits for token {len(request.output) - 1}, want numbers"
                 )
         for error in plan.callback_errors:
             raise error
         return new_tokens, margins
 
-    def _plan(self, schedule: Schedule) -> tuple[StepPlan, int | None]:
-        """The manager's answer, in the smallest shape that holds the schedule; num_tokens is None for pure decode."""
-        num_rows, num_tokens = self.config.max_num_seqs, None
-        if max(schedule.num_new_tokens, default=1) > 1:
-            num_tokens = self.config.token_budget
-        else:
-            num_rows = next(size for size in self._buckets if size >= len(schedule.requests))
-        plan = self.backend.step(
+    def _plan(self, schedule: Schedule) -> StepPlan:
+        """The manager's answer. It sees two shapes only, decode and prefill at their largest."""
+        return self.backend.step(
             [request.request_id for request in schedule.requests],
             schedule.num_new_tokens,
             free=schedule.free,
-            num_rows=num_rows,
-            num_tokens=num_tokens,
+            num_rows=self.config.max_num_seqs,
+            num_tokens=self.config.token_budget if max(schedule.num_new_tokens, default=1) > 1 else None,
         )
-        return plan, num_tokens
 
-    def _run(self, schedule: Schedule, plan: StepPlan, num_tokens: int | None) -> tuple[list[int], np.ndarray | None]:
+    def _run(self, schedule: Schedule, plan: StepPlan) -> tuple[list[int], np.ndarray | None]:
         """Run the model over the granted tokens and read the chosen ones back: the step's only wait for the device."""
-        num_rows = len(plan.metadata.kv_lens)
-        tokens = np.zeros(num_rows if num_tokens is None else num_tokens, np.int32)
         chunks = [r.next_tokens(n) for r, n in zip(schedule.requests, schedule.num_new_tokens, strict=True)]
-        if num_tokens is None:  # token i belongs to row i, granted or not
-            tokens[: len(chunks)] = np.concatenate(chunks)
+        if plan.metadata.query_start_loc is None:  # token i belongs to row i, granted or not
+            num_rows, num_tokens = _smallest(self._decode_sizes, len(chunks)), None
         else:
-            granted = np.concatenate([chunk for chunk, ok in zip(chunks, plan.ok, strict=True) if ok])
-            tokens[: len(granted)] = granted
+            chunks = [chunk for chunk, granted in zip(chunks, plan.ok, strict=True) if granted]
+            num_rows, num_tokens = self.config.max_num_seqs, _smallest(self._prefill_sizes, int(plan.num_tokens.sum()))
+        tokens = np.zeros(num_rows if num_tokens is None else num_tokens, np.int32)
+        granted_tokens = np.concatenate(chunks)
+        tokens[: len(granted_tokens)] = granted_tokens
         sampling = SamplingArrays.from_rows(
             [request.sampling for request in schedule.requests],
             [request.seed for request in schedule.requests],
             [len(request.output) for request in schedule.requests],
             num_rows,
         )
-        output = self._dispatch(tokens, plan, num_tokens, sampling)
-        chosen, margins = jax.device_get(output)
+        chosen, margins = jax.device_get(self._dispatch(tokens, plan.metadata, sampling))
         return chosen.tolist(), margins
 
-    def _dispatch(
-        self, tokens: np.ndarray, plan: StepPlan, num_tokens: int | None, sampling: SamplingArrays
-    ) -> StepOutput:
-        meta = dataclasses.replace(
-            plan.metadata,  # the hints are static, so they must not vary from step to step
-            max_query_len=1 if num_tokens is None else num_tokens,
-            max_kv_len=self.backend.config.max_model_len,
-        )
+    def _dispatch(self, tokens: np.ndarray, meta: AttentionMetadata, sampling: SamplingArrays) -> StepOutput:
+        meta = self._cut(meta, num_rows=len(sampling.seed), num_tokens=len(tokens))
         logits_at = None if meta.query_start_loc is None else np.asarray(meta.query_start_loc[1:] - 1, np.int32)
         before = self._step.num_traces
         self.backend.pages, output = self._step.run(
@@ -211,6 +210,19 @@ class Engine:
         )
         self.num_compilations += self._step.num_traces - before
         return output
+
+    def _cut(self, meta: AttentionMetadata, num_rows: int, num_tokens: int) -> AttentionMetadata:
+        """The first rows and tokens of a step, with hints that depend on the shape alone, for they are static."""
+        return dataclasses.replace(
+            meta,
+            block_tables=meta.block_tables[:num_rows],
+            kv_lens=meta.kv_lens[:num_rows],
+            slot_mapping=meta.slot_mapping[:num_tokens],
+            positions=meta.positions[:num_tokens],
+            ok=meta.ok[:num_rows],
+            max_query_len=1 if meta.query_start_loc is None else num_tokens,
+            max_kv_len=self.backend.config.max_model_len,
+        )
 
     # -- before and after --------------------------------------------------------------------------------------
 
@@ -220,19 +232,18 @@ class Engine:
         Raises:
             OutOfBlocksError: the cache has no block to spare for it.
         """
-        shapes: list[tuple[int, int | None]] = [(rows, None) for rows in self._buckets]
-        shapes.append((self.config.max_num_seqs, self.config.token_budget))
-        request_id = f"{self._name}-warm-up"
+        request_id, rows = f"{self._name}-warm-up", self.config.max_num_seqs
         self.backend.get_num_free_blocks()
-        for num_rows, num_tokens in shapes:
-            plan = self.backend.step([request_id], [1], num_rows=num_rows, num_tokens=num_tokens)
+        decode, prefill = [(size, size) for size in self._decode_sizes], [(rows, size) for size in self._prefill_sizes]
+        for shapes, num_tokens in ((decode, None), (prefill, self.config.token_budget)):
+            plan = self.backend.step([request_id], [1], num_rows=rows, num_tokens=num_tokens)
             if not plan.ok.all():
                 raise OutOfBlocksError("warm_up: got a cache without a free block, want one to spare")
-            tokens = np.zeros(num_tokens or num_rows, np.int32)
-            sampling = SamplingArrays.from_rows([], [], [], num_rows)
-            jax.block_until_ready(self._dispatch(tokens, plan, num_tokens, sampling))
-            self.backend.step([], [], free=[request_id], num_rows=num_rows, num_tokens=num_tokens)
-        self.backend.step([request_id], [1], num_rows=num_rows, num_tokens=num_tokens)
+            for row_size, token_size in shapes:
+                sampling = SamplingArrays.from_rows([], [], [], row_size)
+                jax.block_until_ready(self._dispatch(np.zeros(token_size, np.int32), plan.metadata, sampling))
+            self.backend.step([], [], free=[request_id], num_rows=rows, num_tokens=num_tokens)
+        self.backend.step([request_id], [1], num_rows=rows)
         self.backend.free(request_id)  # a way of its own, taken when generation ends
 
     def abort_all(self) -> None:
@@ -240,3 +251,7 @@ class Engine:
         for request_id in self.scheduler.drop_all():
             with contextlib.suppress(UnknownRequestError):  # never admitted, or freed by the step that failed
                 self.backend.free(request_id)
+
+
+def _smallest(sizes: Sequence[int], needed: int) -> int:
+    return next(size for size in sizes if size >= needed)

@@ -51,7 +51,7 @@ class SchedulerConfig:
                 raise InvalidArgumentError(f"SchedulerConfig.{field.name}: got {value!r}, want an integer >= {least}")
         if self.token_budget < self.max_num_seqs:
             raise InvalidArgumentError(
-                f"SchedulerConfig.token_budget: got {self.token_budget}, want at least {self.max_num_seqs} (max_num_seqs)"
+                f"SchedulerConfig.token_budget: got {self.token_budget}, want at least max_num_seqs {self.max_num_seqs}"
             )
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -233,8 +233,8 @@ class Scheduler:
         if refused and not served_any and not self._pending_free:
             request, count = refused[0]
             raise OutOfBlocksError(
-                f"request {request.request_id!r} wants {blocks_for(request.num_computed + count)} blocks and was refused "
-                f"with nobody left to preempt: blocks of the pool ({self.config.num_blocks}) are held elsewhere"
+                f"request {request.request_id!r} wants {blocks_for(request.num_computed + count)} blocks and was "
+                f"refused with nobody left to preempt: blocks of the pool ({self.config.num_blocks}) are held elsewhere"
             )
 
     def _preempt_newest(self) -> str:

@@ -13,7 +13,13 @@ from pyagent_kv_jax.serving.sampling import SamplingParams
 from pyagent_kv_jax.serving.scheduler import Schedule
 
 SIZES = DemoSizes(
-    num_prompts=10, prompt_tokens=(5, 40), output_tokens=(4, 12), max_model_len=128, dense_rows=2, token_budget=64
+    num_prompts=10,
+    prompt_tokens=(5, 40),
+    output_tokens=(4, 12),
+    max_model_len=128,
+    dense_rows=2,
+    token_budget=64,
+    row_buckets=(10,),
 )
 
 
