@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pyagent_kv_jax.cache.paged_kv_cache import PagedKVCache
+from pyagent_kv_jax.cache import PagedKVCache
 from pyagent_kv_jax.models import load_model
 from tests.models.prompt_attention import PromptAttention, prompt_metadata
 
