@@ -89,6 +89,8 @@ def slots_of(
 ) -> jax.Array:
     """Slots of tokens given by ``rows`` i32[T] and ``positions`` i32[T].
 
+    In one program with changes to the table, read slots after them: a later change would make XLA copy the table.
+
     Returns:
         i32[T]: -1 for a row or position of -1, past the row's tokens or blocks, or on another context-parallel rank.
     """
