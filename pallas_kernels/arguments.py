@@ -61,7 +61,7 @@ def require_int_scalar(name: str, value: Any, *, minimum: int) -> None:
     else:
         require(is_integer(value), name, value, want)
     if not isinstance(value, jax.core.Tracer):
-        require(int(value) >= minimum, name, value if is_integer(value) else f"{int(value)}", want)
+        require(int(value) >= minimum, name, int(value), want)
 
 
 def require_float_scalar(name: str, value: Any) -> None:

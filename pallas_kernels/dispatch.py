@@ -58,9 +58,9 @@ class Operation:
     def _candidates(self, implementation: Implementation) -> tuple[str, ...]:
         if implementation is None:
             return tuple(name for name in IMPLEMENTATIONS if name in self.forms)
-        candidates = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+        candidates = tuple(implementation) if isinstance(implementation, (list, tuple)) else (implementation,)
         if not candidates:
-            raise ArgumentError(f"implementation: got none, want one or more of {list(IMPLEMENTATIONS)}")
+            raise ArgumentError(f"implementation: got {implementation!r}, want one or more of {list(IMPLEMENTATIONS)}")
         for candidate in candidates:
             _check_name(candidate)
         return candidates

@@ -21,7 +21,6 @@ def describe(value: Any) -> str:
 
 
 def require(condition: bool, name: str, got: Any, want: str) -> None:
-    """Raise ``ArgumentError`` saying that argument ``name`` got ``got`` where ``want`` is wanted."""
+    """Raise ``ArgumentError`` saying that argument ``name`` is ``got`` where ``want`` is wanted."""
     if not condition:
-        text = got if isinstance(got, str) else describe(got)
-        raise ArgumentError(f"{name}: got {text}, want {want}")
+        raise ArgumentError(f"{name}: got {describe(got)}, want {want}")

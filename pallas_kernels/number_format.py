@@ -1,8 +1,9 @@
 """What the bits of a page mean: storage dtype, logical dtype, and the numbers between them.
 
-Storage and meaning may differ. fp8 is best kept as uint8 (fp8 scatters are slow), and on CPUs bfloat16 and
-float16 as uint16 (XLA may convert a whole bfloat16 pool to update one row of it). ``kv_dtype`` then names the
-logical dtype.
+Storage and meaning may differ. On CPUs keep fp8 as uint8 and bfloat16 as uint16, as unsigned bits: XLA there does
+arithmetic types of that width by way of wider ones, so that an update of one row of a native bfloat16 or fp8 pool may
+convert the whole pool and back (time and memory of the pool's size), and may change the payload of a NaN. ``kv_dtype``
+then names the logical dtype.
 
 Quantisation is one scale, per tensor or per KV head:
 
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.errors import require
+from pallas_kernels.errors import ArgumentError, require
 
 KV_DTYPES = tuple(
     jnp.dtype(dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
@@ -32,15 +33,17 @@ def logical_dtype(name: str, storage: Any, kv_dtype: Any) -> jnp.dtype:
     """
     storage, names = jnp.dtype(storage), [dtype.name for dtype in KV_DTYPES]
     if kv_dtype is None:
-        require(storage in KV_DTYPES, name, f"pages of {storage}", f"kv_dtype given, or pages of one of {names}")
+        if storage not in KV_DTYPES:
+            raise ArgumentError(f"{name}: got pages of {storage}, want kv_dtype given, or pages of one of {names}")
         return storage
     try:
         logical = jnp.dtype(kv_dtype)
     except TypeError:
         logical = None
     require(logical in KV_DTYPES, "kv_dtype", kv_dtype, f"one of {names}")
-    fits = storage in (logical, _BITS[logical.itemsize])
-    require(fits, name, f"pages of {storage} for kv_dtype {logical}", f"{logical} or {_BITS[logical.itemsize]}")
+    bits = _BITS[logical.itemsize]
+    if storage not in (logical, bits):
+        raise ArgumentError(f"{name}: got pages of {storage} for kv_dtype {logical}, want {logical} or {bits}")
     return logical
 
 

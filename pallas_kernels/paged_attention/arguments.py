@@ -134,7 +134,7 @@ def _context_parallel(value: Any) -> ContextParallel:
     require_int_scalar("context_parallel rank", rank, minimum=0)
     require_positive_int("context_parallel interleave", interleave)
     if not isinstance(rank, jax.core.Tracer):
-        require(int(rank) < size, "context_parallel rank", f"{int(rank)}", f"0 to {size - 1}, of {size} ranks")
+        require(int(rank) < size, "context_parallel rank", int(rank), f"0 to {size - 1}, of {size} ranks")
     return ContextParallel(int(size), rank, int(interleave))
 
 
