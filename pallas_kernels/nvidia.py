@@ -12,9 +12,9 @@ from pallas_kernels.interpret import interpret_mode, target_platform
 # Devices that are not there are known by name alone. A name that is not here counts as the oldest we serve.
 _CAPABILITIES = (
     (("B100", "B200", "GB200", "B300", "GB300"), 100),
-    (("RTX 50", "RTX PRO"), 120),
+    (("RTX 5090", "RTX PRO 6000"), 120),
     (("H100", "H200", "H800", "H20", "GH200"), 90),
-    (("L4", "L40", "RTX 40", "RTX 4"), 89),
+    (("L4", "L40", "L40S", "RTX 4090", "RTX 6000 Ada"), 89),
 )
 _OLDEST = 80
 
@@ -69,7 +69,7 @@ def _device() -> Any:
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if abstract is not None:
         return abstract
-    default = jax.config.jax_default_device
+    default = getattr(jax.config, "jax_default_device", None)
     return default if hasattr(default, "device_kind") else jax.local_devices(backend="gpu")[0]
 
 

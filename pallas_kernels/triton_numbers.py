@@ -12,21 +12,27 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nvidia import Gpu
+from pallas_kernels.words import UNSIGNED
 
 _FP8 = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
+
+
+def require_addressable(pages: jax.Array) -> None:
+    """Raise ``NotImplementedError`` for 2 to 4 GiB of one-byte elements: offsets there are of 32 bits, signed."""
+    if pages.dtype.itemsize == 1 and 2**31 < pages.size <= 2**32:
+        raise NotImplementedError(
+            f"pages of {pages.size} one-byte elements: Pallas computes Triton offsets in 32 signed bits up to 2**32 "
+            "bytes; a pool of at most 2**31 or more than 2**32 bytes can be served"
+        )
 
 
 def viewed(pages: jax.Array, kv_dtype: jnp.dtype, gpu: Gpu) -> jax.Array:
     """The same pages, of ``kv_dtype``, or of uint8 where that is an fp8 this GPU cannot convert.
 
     Raises:
-        NotImplementedError: one-byte elements, 2 to 4 GiB: Triton's 32-bit offsets, used up to 2**32 bytes, are signed.
+        NotImplementedError: see ``require_addressable``.
     """
-    if kv_dtype.itemsize == 1 and 2**31 < pages.size <= 2**32:
-        raise NotImplementedError(
-            f"pages of {pages.size} one-byte elements: Pallas computes Triton offsets in 32 signed bits up to 2**32 "
-            "bytes; a pool of at most 2**31 or more than 2**32 bytes can be served"
-        )
+    require_addressable(pages)
     seen = jnp.dtype(jnp.uint8) if kv_dtype in _FP8 and not gpu.converts_fp8 else kv_dtype
     return pages if pages.dtype == seen else jax.lax.bitcast_convert_type(pages, seen)
 
@@ -45,8 +51,14 @@ def decode(stored: jax.Array, kv_dtype: jnp.dtype, dtype: jnp.dtype) -> jax.Arra
     return jnp.where(magnitude == 0x7F, jnp.float16(jnp.nan), values).astype(dtype)
 
 
-def encode(values: jax.Array, dtype: jnp.dtype, kv_dtype: jnp.dtype) -> jax.Array:
-    """float32 numbers, any scale already divided out, as elements of ``viewed`` pages of ``dtype``."""
+def encode(values: jax.Array, kv_dtype: jnp.dtype, gpu: Gpu) -> jax.Array:
+    """float32 numbers, any scale already divided out, as unsigned bits of ``kv_dtype``."""
+    encoded = _encode(values, kv_dtype, gpu)
+    bits = UNSIGNED[kv_dtype.itemsize]
+    return encoded if encoded.dtype == bits else jax.lax.bitcast_convert_type(encoded, bits)
+
+
+def _encode(values: jax.Array, kv_dtype: jnp.dtype, gpu: Gpu) -> jax.Array:
     if kv_dtype == jnp.int8:
         rounded = round_half_to_even(jnp.minimum(jnp.maximum(values, -128.0), 127.0))
         return jnp.where(values != values, 0.0, rounded).astype(jnp.int32).astype(jnp.int8)
@@ -54,7 +66,7 @@ def encode(values: jax.Array, dtype: jnp.dtype, kv_dtype: jnp.dtype) -> jax.Arra
         return values.astype(kv_dtype)
     largest = float(jnp.finfo(kv_dtype).max)
     saturated = jnp.where(values != values, values, jnp.minimum(jnp.maximum(values, -largest), largest))
-    return saturated.astype(kv_dtype) if dtype == kv_dtype else _encode_fp8(saturated, _LAYOUTS[kv_dtype])
+    return saturated.astype(kv_dtype) if gpu.converts_fp8 else _encode_fp8(saturated, _LAYOUTS[kv_dtype])
 
 
 class _Layout(NamedTuple):

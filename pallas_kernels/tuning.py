@@ -17,7 +17,7 @@ from typing import Any
 
 TABLE = Path(__file__).with_name("tuning.json")
 
-_FORCED: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("forced_kernel_parameters", default={})
+_FORCED: ContextVar[Mapping[str, Mapping[str, int]] | None] = ContextVar("forced_kernel_parameters", default=None)
 
 
 def shape_key(shape: Mapping[str, Any]) -> str:
@@ -34,7 +34,7 @@ def parameters(
 ) -> dict[str, int]:
     """``heuristic``, overruled by the table's entry for this device and shape, overruled by ``forced``."""
     entries = table().get(operation, {}).get(implementation, {}).get(device_kind, {})
-    forced = _FORCED.get().get(operation, {})
+    forced = (_FORCED.get() or {}).get(operation, {})
     chosen = {**heuristic, **entries.get(shape_key(shape), {}), **forced}
     unknown = set(chosen) - set(heuristic)
     if unknown:
@@ -48,7 +48,7 @@ def forced(operation: str, **chosen: int) -> Iterator[None]:
 
     A ``jit`` of the caller's is traced once: enter before its first call.
     """
-    everything = dict(_FORCED.get())
+    everything = dict(_FORCED.get() or {})
     everything[operation] = {**everything.get(operation, {}), **chosen}
     token = _FORCED.set(everything)
     try:

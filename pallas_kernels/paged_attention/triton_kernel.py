@@ -151,7 +151,9 @@ class Kernel:
 
         def body(step: Any, softmax: Softmax) -> Softmax:
             keys = tile.keys(given, step)
-            logits = sum(dot(q, self.read(given.k_pages, tile, keys, dims, q.dtype), transposed=True) for dims, q in queries)
+            logits = jnp.zeros((self.rows, self.keys), jnp.float32)
+            for dims, q in queries:
+                logits += dot(q, self.read(given.k_pages, tile, keys, dims, q.dtype), transposed=True)
             visible = keys.readable[None, :]
             if masked:
                 visible &= (keys.position >= tile.start[:, None]) & (keys.position < tile.end[:, None])

@@ -81,9 +81,7 @@ def set_aside_piece(ids: Any, source: Any, aside: Any, *, piece: int) -> None:
         aside[entry, columns] = source[page, columns]
 
 
-def copy_piece(
-    src: Any, dst: Any, set_aside: Any, aside: Any, before: Any, pages: Any, *, piece: int
-) -> None:
+def copy_piece(src: Any, dst: Any, set_aside: Any, aside: Any, before: Any, pages: Any, *, piece: int) -> None:
     """Refs: src, dst, set_aside i32[n] (-1: ignored); aside [n, words]; pages [pages, words], ``before`` aliased.
 
     Reads and writes one ref, ``pages``: the source of this piece is a page that nobody writes.
