@@ -13,6 +13,7 @@ _OPERATION = Operation(
     "paged_attention",
     {
         "triton": "pallas_kernels.paged_attention.triton",
+        "mosaic_tpu": "pallas_kernels.paged_attention.mosaic_tpu",
         "xla": "pallas_kernels.paged_attention.reference",
     },
 )

@@ -23,6 +23,7 @@ _OPERATION = Operation(
     "paged_write",
     {
         "triton": "pallas_kernels.paged_write.triton",
+        "mosaic_tpu": "pallas_kernels.paged_write.mosaic_tpu",
         "xla": "pallas_kernels.paged_write.reference",
     },
 )

@@ -56,7 +56,7 @@ def paged_write(
 
 
 class Runs(NamedTuple):
-    """Runs sorted by slot; only the first ``count`` exist. All i32[tokens], but ``count`` i32[].
+    """Runs sorted by slot; only the first ``number`` exist. All i32[tokens], but ``number`` i32[].
 
     A run puts tokens ``token``, +1, ... into slots ``slot``, +1, ..., ``length`` of them, all in one strip. There is
     always one, if only of length 0: that one changes nothing.
@@ -65,7 +65,7 @@ class Runs(NamedTuple):
     slot: jax.Array
     token: jax.Array
     length: jax.Array
-    count: jax.Array
+    number: jax.Array
 
     @classmethod
     def create(cls, slots: jax.Array, tokens: jax.Array, strip_rows: int) -> Runs:
@@ -79,8 +79,8 @@ class Runs(NamedTuple):
         starts = valid & ~follows
         order = jnp.argsort(jnp.where(starts, slots, jnp.iinfo(jnp.int32).max))
         length = jnp.where(starts, next_break - index, 0)[order]
-        count = jnp.maximum(jnp.sum(starts, dtype=jnp.int32), 1)
-        return cls(jnp.maximum(slots[order], 0), tokens[order], length, count)
+        number = jnp.maximum(jnp.sum(starts, dtype=jnp.int32), 1)
+        return cls(jnp.maximum(slots[order], 0), tokens[order], length, number)
 
 
 @partial(jax.jit, static_argnames=("kv_dtype", "interpret"))
@@ -128,7 +128,7 @@ def _write(
         out_shape=tuple(jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (k_pages, v_pages)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(runs.count,),
+            grid=(runs.number,),
             in_specs=[
                 pl.BlockSpec(memory_space=pltpu.SMEM),
                 *(window(k_width, half) for half in (0, 1)),
@@ -168,7 +168,7 @@ def _strip_rows(k_pages: jax.Array, v_pages: jax.Array, num_tokens: int) -> int:
 
 
 def _by_head(values: jax.Array, width: int, rows: int) -> jax.Array:
-    """[tokens, kv_heads, d] as [kv_heads, rows + tokens + padding, width]: heads first as in pages, room at both ends."""
+    """[tokens, kv_heads, d] as [kv_heads, rows + tokens + padding, width]: heads first, with room at both ends."""
     tokens = values.shape[0]
     after = -tokens % rows + 2 * rows
     return jnp.pad(jnp.swapaxes(values, 0, 1), ((0, 0), (rows, after), (0, width - values.shape[2])))
@@ -205,12 +205,12 @@ def _kernel(
     is_new_strip = (i == 0) | (slot[i] // rows != slot[jnp.maximum(i - 1, 0)] // rows)
 
     @pl.when(is_new_strip)
-    def _() -> None:
+    def start_strip() -> None:
         k_new[...] = k_old[...]
         v_new[...] = v_old[...]
 
     @pl.loop(0, kv_heads)
-    def _(head: Any) -> None:
+    def write_head(head: Any) -> None:
         parts = ((k_low, k_high, k_new, widths[0]), (v_low, v_high, v_new, widths[1]))
         for part, (low, high, strip, width) in enumerate(parts):
             window = jnp.concatenate([low[head], high[head]]).astype(jnp.float32)
