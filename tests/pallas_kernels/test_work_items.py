@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import numpy as np
 import pytest
 
@@ -73,6 +74,12 @@ def test_columns_of_a_tile(visibility: Visibility, columns: list[int]) -> None:
     assert _columns(visibility, 32, 47, 100, _tables()) == columns
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_nothing_is_visited_for_negative_positions(causal: bool) -> None:
+    first, last = _columns(Visibility(causal, None, None), -9, -1, 100, _tables())
+    assert first == last
+
+
 def test_columns_under_context_parallel_are_those_of_the_share() -> None:
     """Of 48 tokens in turns of 4 x 2, rank 1 holds 2 .. 3, 10 .. 11, ...: 12 tokens, 2 blocks."""
     tables = _tables(context=ContextParallel(4, 1, 2))
@@ -80,6 +87,18 @@ def test_columns_under_context_parallel_are_those_of_the_share() -> None:
     nothing = _tables(context=ContextParallel(4, 3, 2))
     first, last = _columns(Visibility(True, np.int32(2), None), 33, 33, 100, nothing)
     assert first == last
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("interleave", [1, 2, 5, 16])
+def test_a_share_of_the_context_is_dealt_out_in_turns(size: int, interleave: int) -> None:
+    """Lengths and positions of every rank, against dealing out the tokens one by one."""
+    for rank in range(size):
+        context = ContextParallel(size, rank, interleave)
+        held = [x for x in range(200) if (x // interleave) % size == rank]
+        chex.assert_trees_all_equal(np.asarray(context.position(np.arange(len(held)))), np.array(held))
+        counts = np.array([sum(x < length for x in held) for length in range(201)])
+        chex.assert_trees_all_equal(np.asarray(context.local_length(np.arange(201))), counts)
 
 
 def test_columns_in_any_order() -> None:
