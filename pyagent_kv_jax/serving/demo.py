@@ -43,6 +43,7 @@ class DemoSizes:
         block_size: tokens of a block of the paged cache.
         token_budget: tokens computed in one step.
         row_buckets: batch sizes that decode steps are padded to.
+        repeats: timed runs of each cache; the fastest counts.
     """
 
     num_prompts: int = 48
@@ -53,6 +54,7 @@ class DemoSizes:
     block_size: int = 16
     token_budget: int = 256
     row_buckets: tuple[int, ...] = (4, 16, 32)
+    repeats: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,7 @@ def run_demo(out: str | os.PathLike[str] = ".", sizes: DemoSizes = DemoSizes()) 
     lengths = [len(prompt) + each.max_tokens for prompt, each in zip(prompts, sampling, strict=True)]
     console.print(
         f"{len(prompts)} requests of {min(lengths)} to {max(lengths)} tokens (mean {np.mean(lengths):.0f}), greedy, "
-        f"on one {base.device_type.value} device. Compiling, then serving twice ..."
+        f"on one {base.device_type.value} device. Compiling, then serving ..."
     )
     num_blocks = sizes.dense_rows * sizes.max_model_len // sizes.block_size
     dense_run, _ = _serve(
@@ -164,13 +166,20 @@ def _serve(
     engine.warm_up()
     record = CacheRecord(backend.config.pool_blocks, backend.config.block_size)
     engine.on_step = record.add
+    results, seconds = _timed(engine, prompts, sampling)
+    engine.on_step = None
+    preemptions = engine.scheduler.stats.num_preemptions
+    seconds = min([seconds, *(_timed(engine, prompts, sampling)[1] for _ in range(sizes.repeats - 1))])
+    history = record.history(sizes.block_size)
+    return Run(name, backend.config, results, history, seconds, engine.num_compilations, preemptions), engine
+
+
+def _timed(
+    engine: Engine, prompts: list[list[int]], sampling: list[SamplingParams]
+) -> tuple[list[GenerationResult], float]:
     started = time.perf_counter()
     results = serve(engine, prompts, sampling)
-    seconds = time.perf_counter() - started
-    engine.on_step = None
-    history = record.history(sizes.block_size)
-    preemptions = engine.scheduler.stats.num_preemptions
-    return Run(name, backend.config, results, history, seconds, engine.num_compilations, preemptions), engine
+    return results, time.perf_counter() - started
 
 
 def _picture_path(out: str | os.PathLike[str]) -> Path:
@@ -218,7 +227,7 @@ _LABELS = (
     "requests in flight, mean (peak)",
     "preemptions",
     "tokens generated",
-    "tokens/s",
+    "tokens/s, compilation left out",
     "compilations",
 )
 

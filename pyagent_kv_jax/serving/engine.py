@@ -32,7 +32,8 @@ class EngineConfig:
         max_num_seqs: requests running at once.
         token_budget: tokens computed in a step that does any prefill.
         row_buckets: batch sizes a pure decode step is padded to. None: 4, 8, 16, ... ``max_num_seqs``.
-        token_buckets: token counts a step with prefill is padded to. None: a quarter of ``token_budget``, and all.
+        token_buckets: token counts a step with prefill is padded to. None: a quarter of ``token_budget``
+            (if that is at least 32), and all.
         watermark: share of the pool kept free for running requests when a waiting one is admitted.
         with_margins: also return how clear each choice of a token was.
     """
@@ -51,7 +52,9 @@ class EngineConfig:
 
     def prefill_sizes(self) -> tuple[int, ...]:
         """``token_buckets``, resolved: ascending, the last one ``token_budget``."""
-        return _ascending_to(self.token_budget, self.token_buckets or [-(-self.token_budget // 4)])
+        return _ascending_to(
+            self.token_budget, self.token_buckets or [size for size in [self.token_budget // 4] if size >= 32]
+        )
 
 
 def _ascending_to(largest: int, sizes: Iterable[int]) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ SIZES = DemoSizes(
     dense_rows=2,
     token_budget=64,
     row_buckets=(10,),
+    repeats=1,
 )
 
 
