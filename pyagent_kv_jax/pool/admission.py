@@ -108,25 +108,39 @@ def in_rows(served: jax.Array, order: jax.Array | None) -> jax.Array:
 
 
 def serve(
-    cost: jax.Array, length: jax.Array, valid: jax.Array, num_free: jax.Array, capacity: int, order: jax.Array | None
-) -> jax.Array:
-    """bool[R]: the rows that get what they want.
+    length: jax.Array,
+    cost: jax.Array | None,
+    valid: jax.Array,
+    num_free: jax.Array,
+    capacity: int,
+    order: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The rows that get what they want.
 
     Args:
-        cost: i32[R], free blocks a row uses up, if no row before it is refused.
         length: i32[R], ids a row gets.
+        cost: i32[R], free blocks a row uses up, if no row before it is refused; None: as many as it gets ids.
         valid: bool[R]; other rows are refused by themselves and stop nobody.
         num_free: i32[].
         capacity: ids that can be given in all.
         order: i32[R], rows in the order of service.
+
+    Returns:
+        (ok bool[R], offsets i32[R + 1] of the ids given, with the rows in the order of service).
     """
-    cost, length = jnp.where(valid, cost, 0), jnp.where(valid, length, 0)
     wants = length > 0
-    if order is not None:
-        cost, length = cost[order], length[order]
-    # Both sums only grow, so once a row does not fit, no later one that wants blocks does.
-    fits = (jnp.cumsum(cost, dtype=jnp.int32) <= num_free) & (jnp.cumsum(length, dtype=jnp.int32) <= capacity)
-    return valid & (in_rows(fits, order) | ~wants)
+    ends = _ends(length, valid, order)
+    spent = ends if cost is None else _ends(cost, valid, order)
+    # Both only grow, so once a row does not fit, no later one that wants blocks does.
+    fits = (spent <= num_free) & (ends <= capacity)
+    given = jnp.max(jnp.where(fits, ends, 0), initial=0)
+    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.minimum(ends, given)])
+    return valid & (in_rows(fits, order) | ~wants), offsets
+
+
+def _ends(length: jax.Array, valid: jax.Array, order: jax.Array | None) -> jax.Array:
+    length = jnp.where(valid, length, 0)
+    return jnp.cumsum(length if order is None else length[order], dtype=jnp.int32)
 
 
 def is_order(order: jax.Array, num_rows: int) -> jax.Array:
@@ -142,7 +156,7 @@ def lay_out(
     order: jax.Array | None,
     hits: tuple[jax.Array, jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hits and new blocks of each row together.
+    """Hits and new blocks of each row together, where they do not come in the order of the rows as it is.
 
     Args:
         new_ids: i32[capacity], in the order of service; padding -1.
@@ -155,9 +169,6 @@ def lay_out(
         (ids i32[capacity], row_offsets i32[R + 1], evicted bool[capacity]).
     """
     capacity, num_rows = new_ids.shape[0], counts.shape[0]
-    entry = jnp.arange(capacity, dtype=jnp.int32)
-    if hits is None and order is None:
-        return new_ids, offsets_from_lengths(counts), (entry >= num_uncached) & (new_ids >= 0)
     num_hits = jnp.zeros_like(counts) if hits is None else hits[2]
     row_offsets = offsets_from_lengths(counts + num_hits)
     row = rows_of_entries(row_offsets, capacity)
@@ -165,7 +176,7 @@ def lay_out(
     row = jnp.minimum(row, num_rows - 1)
     served = counts if order is None else counts[order]
     first_new = in_rows(offsets_from_lengths(served)[:-1], order)
-    within = entry - row_offsets[row]
+    within = jnp.arange(capacity, dtype=jnp.int32) - row_offsets[row]
     is_new = real & (within >= num_hits[row])
     place = first_new[row] + within - num_hits[row]
     ids = jnp.where(is_new, new_ids[jnp.clip(place, 0, capacity - 1)], -1)

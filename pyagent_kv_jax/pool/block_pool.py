@@ -240,34 +240,37 @@ def _admit(
 ) -> tuple[BlockPool, Admission]:
     num_blocks, queued, ref_counts, cached = pool.num_blocks, pool._queues(), pool.ref_counts, pool.cached
     valid = counts >= 0
-    cost = length = jnp.clip(counts, 0, capacity + 1)  # more can't be given, and sums stay within int32
+    length, cost, hits = jnp.clip(counts, 0, capacity + 1), None, None  # more can't be given; sums stay within int32
     if order is not None:
         proper = admission.is_order(order, counts.shape[0])
         order = jnp.where(proper, order, jnp.arange(counts.shape[0], dtype=jnp.int32))
-    found = None
     if lookup is not None:
-        found, ref_counts, cached = admission.look_up_hits(ref_counts, cached, *lookup, valid, order)
-        valid &= found.row_ok
-        cost = cost.at[found.row].add(found.revives.astype(jnp.int32), mode="drop")
-        length = length + found.lengths
+        hits, ref_counts, cached = admission.look_up_hits(ref_counts, cached, *lookup, valid, order)
+        valid &= hits.row_ok
+        cost = length.at[hits.row].add(hits.revives.astype(jnp.int32), mode="drop")
+        length = length + hits.lengths
     if order is not None:
         valid &= proper | (length == 0)
-    ok = admission.serve(cost, length, valid, queued.at.num_free, capacity, order)
+    ok, offsets = admission.serve(length, cost, valid, queued.at.num_free, capacity, order)
 
-    granted, hits = jnp.where(ok, counts, 0), None
-    if lookup is not None and found is not None:
-        served = (found.row < counts.shape[0]) & ok[jnp.minimum(found.row, counts.shape[0] - 1)]
-        ref_counts = ref_counts.at[jnp.where(served, found.block, num_blocks)].add(1, mode="drop")
-        revived = served & found.revives
-        places = queued.position.at[found.block].get(mode="fill", fill_value=0)
+    num_new = offsets[-1]
+    if hits is not None:
+        served = (hits.row < counts.shape[0]) & ok[jnp.minimum(hits.row, counts.shape[0] - 1)]
+        ref_counts = ref_counts.at[jnp.where(served, hits.block, num_blocks)].add(1, mode="drop")
+        num_new -= jnp.sum(served, dtype=jnp.int32)
+        revived = served & hits.revives
+        places = queued.position.at[hits.block].get(mode="fill", fill_value=0)
         queued = queues.remove_cached(queued, places, revived)
         queued = queues.sweep(queued, jnp.sum(revived, dtype=jnp.int32))
-        hits = (*lookup, jnp.where(ok, found.lengths, 0))
     num_uncached = queued.at.num_uncached
-    queued, cached, new_ids = queues.pop(queued, cached, jnp.sum(granted, dtype=jnp.int32), capacity)
-    ref_counts = ref_counts.at[jnp.where(new_ids < 0, num_blocks, new_ids)].set(1, mode="drop")
-    ids, row_offsets, evicted = admission.lay_out(new_ids, num_uncached, granted, order, hits)
-    return pool._with(queued, ref_counts=ref_counts, cached=cached), Admission(ids, row_offsets, ok, evicted)
+    queued, cached, ids = queues.pop(queued, cached, num_new, capacity)
+    ref_counts = ref_counts.at[jnp.where(ids < 0, num_blocks, ids)].set(1, mode="drop")
+    evicted = (jnp.arange(capacity) >= num_uncached) & (ids >= 0)
+    if order is not None or (hits is not None and lookup is not None):
+        granted = None if hits is None or lookup is None else (*lookup, jnp.where(ok, hits.lengths, 0))
+        counts = jnp.where(ok, counts, 0)
+        ids, offsets, evicted = admission.lay_out(ids, num_uncached, counts, order, granted)
+    return pool._with(queued, ref_counts=ref_counts, cached=cached), Admission(ids, offsets, ok, evicted)
 
 
 @jax.jit

@@ -14,9 +14,8 @@ def offsets_from_lengths(lengths: jax.Array) -> jax.Array:
 
 def rows_of_entries(row_offsets: jax.Array, capacity: int) -> jax.Array:
     """i32[R + 1] -> i32[capacity]: the row each flat entry belongs to; R (no row) past the last one."""
-    num_rows = row_offsets.shape[0] - 1
-    lengths = jnp.diff(row_offsets, append=capacity)  # the rest of the flat array is one more row
-    return jnp.repeat(jnp.arange(num_rows + 1, dtype=jnp.int32), lengths, total_repeat_length=capacity)
+    ends = jnp.zeros(capacity, jnp.int32).at[row_offsets[1:]].add(1, mode="drop")
+    return jnp.cumsum(ends, dtype=jnp.int32)  # as many rows as end before the entry
 
 
 def are_offsets(row_offsets: jax.Array, capacity: int) -> jax.Array:

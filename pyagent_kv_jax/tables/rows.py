@@ -55,31 +55,34 @@ def append_rows(
         a negative count or id, a row that is not there or named twice; all of them when the offsets are not offsets.
     """
     num_rows, width = table.blocks.shape
+    capacity, num_entries = block_ids.shape[0], row_offsets.shape[0] - 1
     lengths = jnp.diff(row_offsets)
     target = jnp.arange(num_rows, dtype=jnp.int32) if rows is None else rows
     row = jnp.clip(target, 0, num_rows - 1)
-    held_blocks, held_tokens = table.num_blocks[row], table.num_tokens[row]
+    held_blocks, held_tokens = (x if rows is None else x[row] for x in (table.num_blocks, table.num_tokens))
     room = (held_blocks + lengths) * (table.config.block_size * context_parallel_size) - held_tokens
 
-    capacity = block_ids.shape[0]
     entries = rows_of_entries(row_offsets, capacity)
-    is_negative = jnp.zeros(lengths.shape, bool).at[entries].max(block_ids < 0, mode="drop")
+    is_negative = jnp.zeros(num_entries, bool).at[entries].max(block_ids < 0, mode="drop")
     ok = (held_blocks + lengths <= width) & (num_tokens >= 0) & (num_tokens <= room) & ~is_negative
     ok &= are_offsets(row_offsets, capacity)
     if rows is not None:
         ok &= (target == row) & (_times_named(target, num_rows)[row] == 1)
-        ok |= (target == -1) & (lengths == 0) & (num_tokens == 0)
+    changed = jnp.where(ok, row, num_rows)
 
-    entry = jnp.minimum(entries, lengths.shape[0] - 1)
-    written = (entries < lengths.shape[0]) & ok[entry]
+    entry = jnp.minimum(entries, num_entries - 1)
     column = held_blocks[entry] + jnp.arange(capacity, dtype=jnp.int32) - row_offsets[entry]
-    blocks = table.blocks.at[jnp.where(written, row[entry], num_rows), column].set(block_ids, mode="drop")
-    changed = jnp.where(ok & (target == row), row, num_rows)
+    written = jnp.where(entries < num_entries, changed[entry], num_rows)
+    more_blocks, more_tokens = jnp.where(ok, lengths, 0), jnp.where(ok, num_tokens, 0)
+    if rows is not None:
+        nothing = jnp.zeros(num_rows, jnp.int32)
+        more_blocks, more_tokens = (nothing.at[changed].add(x, mode="drop") for x in (more_blocks, more_tokens))
+        ok |= (target == -1) & (lengths == 0) & (num_tokens == 0)
     new = dataclasses.replace(
         table,
-        blocks=blocks,
-        num_blocks=table.num_blocks.at[changed].add(lengths, mode="drop"),
-        num_tokens=table.num_tokens.at[changed].add(num_tokens, mode="drop"),
+        blocks=table.blocks.at[written, column].set(block_ids, mode="drop"),
+        num_blocks=table.num_blocks + more_blocks,
+        num_tokens=table.num_tokens + more_tokens,
     )
     return new, ok
 
