@@ -58,7 +58,12 @@ def test_prefill_mixed_and_decode_steps_match_numpy(options):
         for layer in range(LAYERS):
             q = rng.normal(size=(total, Q_HEADS, DIM)).astype(np.float32)
             k, v = rng.normal(size=(2, total, KV_HEADS, DIM)).astype(np.float32)
+            before = jax.tree.map(np.array, cache_manager.pages)
             out, cache_manager.pages = attend(cache_manager.pages, np.int32(layer), q, k, v, plan.metadata)
+            slots = plan.metadata.slot_mapping[plan.metadata.slot_mapping >= 0]
+            for old, new, said_now in ((before.k, cache_manager.pages.k, k), (before.v, cache_manager.pages.v, v)):
+                old[layer, slots // MAX_LEN, :, slots % MAX_LEN] = said_now[: len(slots)]
+                chex.assert_trees_all_equal(np.asarray(new), old)  # and nothing else was written
             at = 0
             for request_id, count in zip(ids, counts, strict=True):
                 keys, values = said.setdefault((request_id, layer), ([], []))

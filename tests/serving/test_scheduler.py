@@ -150,16 +150,29 @@ def test_the_newest_running_request_gives_way_and_comes_back():
 
 
 def test_when_nobody_can_be_served_one_gives_way_at_once():
-    world = World(prompts((4, 8), (4, 8)), num_blocks=2 + 1, block_size=4, token_budget=8)
+    world = World(prompts((4, 8), (4, 8)), num_blocks=4, block_size=4, token_budget=8)
     world.step()  # both prompts: a block each
-    world.manager.unused.clear()  # somebody else takes the last block
+    taken, world.manager.unused = world.manager.unused, []  # somebody else takes the last blocks
     _, ok, new_tokens = world.step()
     assert not any(ok)
     assert not new_tokens
     assert world.requests[1].num_preemptions == 1
+    world.manager.unused += taken  # they come back: there is room for both, but one is only now being freed
     schedule, ok, _ = world.step()
     assert [r.request_id for r in schedule.requests] == ["r0"]
+    assert schedule.free == ["r1"]
     assert ok == [True]
+    world.run()
+    world.check_outputs()
+
+
+def test_as_many_give_way_as_the_others_need():
+    world = World(prompts((4, 8), (4, 8), (4, 8), (4, 8)), num_blocks=4, block_size=4)
+    world.step()  # each prompt fills its block
+    _, ok, _ = world.step()  # and now each wants one more
+    assert not any(ok)
+    assert [r.num_preemptions for r in world.requests] == [0, 0, 1, 1]
+    assert all(world.step()[1])
 
 
 def test_watermark_keeps_blocks_for_those_that_run():

@@ -57,6 +57,15 @@ def test_a_character_of_several_tokens_is_held_back():
     assert rest == ""
 
 
+def test_spaces_that_are_dropped_at_the_start_of_a_text_are_kept_inside():
+    """As in the tokenizers of Llama 2, whose decoder strips the first space of whatever it is given."""
+    tokenizer = Tokenizer(models.WordLevel({"\u2581the": 0, "\u2581cat": 1, "s": 2}, unk_token="s"))
+    tokenizer.decoder = decoders.Metaspace()
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    assert [detokenizer.add(token) for token in (0, 1, 2, 0, 1)] == ["the", " cat", "s", " the", " cat"]
+    assert detokenizer.finish() == ""
+
+
 class Letters:
     """A tokenizer for the small model's vocabulary: one character a token."""
 
