@@ -50,21 +50,27 @@ def choose_parameters(gpu: Gpu, q: jax.Array, k_pages: jax.Array, kv_dtype: Any)
         "itemsize": kv_dtype.itemsize,
         "q_itemsize": q.dtype.itemsize,
     }
-    chosen = parameters("paged_attention", "triton", gpu.kind, shape, heuristic(head_dim, q.dtype.itemsize))
-    return Parameters(**chosen)
+    rule = heuristic(gpu, head_dim, q.dtype.itemsize, kv_dtype.itemsize)
+    return Parameters(**parameters("paged_attention", "triton", gpu.kind, shape, rule))
 
 
-def heuristic(head_dim: int, q_itemsize: int) -> dict[str, int]:
-    """A step of K and V in two or three stages of shared memory, the accumulators in registers."""
+def heuristic(gpu: Gpu, head_dim: int, q_itemsize: int, kv_itemsize: int) -> dict[str, int]:
+    """A step of K and V in two or three stages of shared memory; the accumulators in registers, without spilling.
+
+    float32 is multiplied by the ordinary units, whose operands stand in registers too, so its tiles are smaller; so
+    are those that convert one byte to two in registers, where the matrix units cannot read shared memory (sm_80) or
+    the head is wide.
+    """
     wide, exact = head_dim > 128, q_itemsize > 2
+    converts = kv_itemsize == 1 and (wide or gpu.capability < 90)
     return {
         "decode_keys": 32 if wide or exact else 64,
         "decode_warps": 4,
         "decode_stages": 2 if exact else 3,
         "programs_per_core": 4,
         "fewest_keys": 256,
-        "prefill_rows": 32 if exact else 64 if wide else 128,
-        "prefill_keys": 32 if exact else 64,
-        "prefill_warps": 4 if wide or exact else 8,
+        "prefill_rows": 32 if wide and exact else 64 if wide or exact else 128,
+        "prefill_keys": 16 if exact else 32 if converts else 64,
+        "prefill_warps": 8,
         "prefill_stages": 2 if wide or exact else 3,
     }

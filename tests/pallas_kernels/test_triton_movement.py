@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,75 +17,38 @@ from pallas_kernels.merge_attention_states import triton as merge
 from pallas_kernels.paged_copy import triton as copy
 from pallas_kernels.paged_gather import triton as gather
 from pallas_kernels.paged_write import triton as write
+from tests.pallas_kernels import merge_cases, write_cases
 from tests.pallas_kernels.gpu import needs_gpu
+from tests.pallas_kernels.merge_cases import MergeCase
+from tests.pallas_kernels.page_cases import COPY_CASES, GATHER_CASES, CopyCase, GatherCase
 from tests.pallas_kernels.triton_checks import check_copy, check_gather, check_merge, check_write
+from tests.pallas_kernels.write_cases import WriteCase
 
-IDS = [3, -1, 5, 5, 99, -7, 0, 10, 2**31 - 1]
-CHAIN = ([0, 1, 2, 3, 4, -1, 5, 6, 7, 99], [1, 2, 0, 8, -1, 9, 5, 7, 10, 3])
-SLOTS = [3, -1, 39, 40, -9, 12, 0]
-RUNS = [(3, 2, 3), (-1, 0, 1), (20, 0, 2), (30, 1, 0)]
-RUN_SLOTS = [20, 21, 3, 4, 5, -1, -1]  # the same, a slot a token
-
+# What the shared tables have not: pages whose words do not come in powers of two, and the pieces that Triton makes of
+# head dimensions and head counts.
+GATHER = [
+    *GATHER_CASES,
+    GatherCase("20-wide", (4, -1, 8), shape=(3, 8, 20)),
+    GatherCase("odd", (1, 8), "int8", (1, 1, 3)),
+]
+COPY = [
+    *COPY_CASES,
+    CopyCase("20-wide", (0, 1, 2), (1, 2, 0), shape=(3, 8, 20)),
+    CopyCase("odd", (3,), (4,), "int8", (1, 1, 3)),
+]
+WRITE = [
+    *write_cases.CASES,
+    WriteCase("head-dim-80", head_dim=80, v_head_dim=96, storage_head_dim=96, v_storage_head_dim=96, kv_heads=3),
+    WriteCase(
+        "bfloat16-to-int8-80", head_dim=80, storage_head_dim=80, dtype="bfloat16", kv_dtype="int8", k_scale="head"
+    ),
+]
+MERGE = [*merge_cases.CASES, MergeCase("more-rows-than-one-program", shape=(40, 3), head_dim=128)]
 CHECKS: dict[str, Callable[[], None]] = {
-    **{
-        f"gather-{dtype}-{'x'.join(map(str, shape))}": lambda shape=shape, dtype=dtype: check_gather(
-            gather.paged_gather, shape, dtype, IDS
-        )
-        for shape, dtype in (
-            ((11, 3, 8, 20), "float32"),
-            ((11, 2, 16, 64), "bfloat16"),
-            ((11, 2, 8, 80), "float8_e4m3fn"),
-            ((11, 1, 1, 3), "int8"),
-            ((11, 1, 256, 128), "uint16"),
-        )
-    },
-    "gather-nothing": lambda: check_gather(gather.paged_gather, (4, 1, 8, 16), "float32", []),
-    "gather-only-padding": lambda: check_gather(gather.paged_gather, (4, 1, 8, 16), "float32", [-1, -1]),
-    **{
-        f"copy-{name}-{dtype}": lambda pairs=pairs, dtype=dtype: check_copy(
-            copy.paged_copy, (11, 3, 8, 20), dtype, *pairs
-        )
-        for name, pairs, dtype in (
-            ("chain", CHAIN, "float32"),
-            ("chain", CHAIN, "bfloat16"),
-            ("permutation", (list(range(11)), [4, 0, 8, 1, 10, 2, 9, 3, 7, 5, 6]), "uint8"),
-            ("apart", ([0, 0, 1], [5, 6, 7]), "float8_e5m2"),
-            ("onto-itself", ([2, 3], [2, 4]), "int8"),
-            ("nothing", ([], []), "float32"),
-        )
-    },
-    "write": lambda: check_write(write.paged_write, SLOTS),
-    "write-one-token": lambda: check_write(write.paged_write, [17]),
-    "write-nothing": lambda: check_write(write.paged_write, []),
-    "write-runs": lambda: check_write(write.paged_write, RUN_SLOTS, runs=RUNS),
-    "write-storage-padded": lambda: check_write(write.paged_write, SLOTS, heads=3, dims=(96, 80)),
-    "write-bfloat16": lambda: check_write(
-        write.paged_write, SLOTS, kv_dtype="bfloat16", stored_as="uint16", values_dtype="bfloat16"
-    ),
-    "write-float16-from-bfloat16": lambda: check_write(
-        write.paged_write, SLOTS, kv_dtype="float16", values_dtype="bfloat16"
-    ),
-    "write-int8": lambda: check_write(
-        write.paged_write, SLOTS, kv_dtype="int8", scales=(np.float32(0.7), np.float32([0.3, 1.0]))
-    ),
-    "write-int8-runs-as-uint8": lambda: check_write(
-        write.paged_write,
-        RUN_SLOTS,
-        runs=RUNS,
-        kv_dtype="int8",
-        stored_as="uint8",
-        scales=(np.float32([0.2, 2.0]), np.float32(1.5)),
-    ),
-    "write-e4m3": lambda: check_write(
-        write.paged_write, SLOTS, kv_dtype="float8_e4m3fn", stored_as="uint8", scales=(None, np.float32(0.01))
-    ),
-    "write-e5m2": lambda: check_write(
-        write.paged_write, SLOTS, kv_dtype="float8_e5m2", scales=(np.float32([3.0, 0.001]), None)
-    ),
-    "merge-one": lambda: check_merge(merge.merge_attention_states, (1, 4, 3, 16)),
-    "merge-many": lambda: check_merge(merge.merge_attention_states, (5, 7, 3, 80)),
-    "merge-bfloat16": lambda: check_merge(merge.merge_attention_states, (3, 40, 2, 128), "bfloat16"),
-    "merge-one-number": lambda: check_merge(merge.merge_attention_states, (2, 5, 4, 1)),
+    **{f"gather-{case.name}": partial(check_gather, gather.paged_gather, case) for case in GATHER},
+    **{f"copy-{case.name}": partial(check_copy, copy.paged_copy, case) for case in COPY},
+    **{f"write-{case.name}": partial(check_write, write.paged_write, case) for case in WRITE},
+    **{f"merge-{case.name}": partial(check_merge, merge.merge_attention_states, case) for case in MERGE},
 }
 
 

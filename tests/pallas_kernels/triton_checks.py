@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,21 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
+from pallas_kernels.interpret import interpret_mode
+from pallas_kernels.number_format import logical_dtype
 from pallas_kernels.paged_attention.arguments import check_arguments
-from tests.pallas_kernels import numpy_reference
+from tests.pallas_kernels import attention_inputs, merge_cases, numpy_reference, write_cases
 from tests.pallas_kernels.attention_cases import AttentionCase
-from tests.pallas_kernels.attention_inputs import make_inputs
-from tests.pallas_kernels.stored_numbers import bits, encode, logical, random_bits
+from tests.pallas_kernels.merge_cases import MergeCase
+from tests.pallas_kernels.page_cases import NUM_PAGES, CopyCase, GatherCase
+from tests.pallas_kernels.stored_numbers import bits, logical, random_bits
+from tests.pallas_kernels.write_cases import WriteCase
 
+Form = Callable[..., Any]
+# Interpreted kernels are long programs that run once: compile them quickly rather than well.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
 OPTIONAL = {
     "query_start_loc": None,
@@ -38,82 +47,63 @@ OPTIONAL = {
 SMALL_TILES = {"decode_keys": 16, "prefill_keys": 16, "prefill_rows": 32, "fewest_keys": 16, "programs_per_core": 8}
 
 
-def attend(form: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+def run(form: Form, *arrays: Any, **given: Any) -> Any:
+    """The form's result as numpy arrays, or the error that it raises."""
+    traced = {name: given.pop(name) for name in ("k_scale", "v_scale") if name in given}
+    options = QUICKLY if interpret_mode() else None
+    compiled = jax.jit(lambda arrays, traced: form(*arrays, **traced, **given), compiler_options=options)
+    return jax.tree.map(np.asarray, compiled(arrays, traced))
+
+
+def attend(form: Form, arguments: dict[str, Any]) -> Any:
     """A form of ``paged_attention``, called as the public function would, with the LSE."""
     arrays, static = check_arguments(**{**OPTIONAL, **arguments, "return_lse": True})
-    names = ("q", "k_pages", "v_pages", "block_tables", "kv_lens", "query_start_loc")
-    positional = [arrays.pop(name) for name in names]
-    return form(*positional, **arrays, **static)
+    return run(lambda arrays: form(**arrays, **static), arrays)
 
 
-def check_attention(form: Callable[..., Any], case: AttentionCase) -> None:
-    inputs = make_inputs(case)
+def check_attention(form: Form, case: AttentionCase) -> None:
+    inputs = attention_inputs.make_inputs(case)
     out, lse = attend(form, inputs.arguments)
     assert out.dtype == jnp.dtype(case.q_dtype)
     assert lse.dtype == jnp.float32
     tolerance = TOLERANCE[case.q_dtype] * (20 if case.scale and case.scale > 10 else 1)
-    chex.assert_trees_all_close(np.asarray(out, np.float64), inputs.out, atol=tolerance, rtol=tolerance)
-    chex.assert_trees_all_close(np.asarray(lse, np.float64), inputs.lse, atol=1e-4, rtol=1e-4)
+    chex.assert_trees_all_close(out.astype(np.float64), inputs.out, atol=tolerance, rtol=tolerance)
+    chex.assert_trees_all_close(lse.astype(np.float64), inputs.lse, atol=1e-4, rtol=1e-4)
 
 
-def check_gather(form: Callable[..., Any], shape: tuple[int, ...], dtype: str, ids: list[int]) -> None:
-    pages = random_bits(np.random.default_rng(len(ids)), shape, logical(dtype))
-    got = form(jnp.asarray(pages), np.array(ids, np.int32))
-    np.testing.assert_array_equal(bits(got), bits(numpy_reference.paged_gather(pages, np.array(ids, np.int32))))
+def check_gather(form: Form, case: GatherCase) -> None:
+    pages, ids = pages_of(case), np.array(case.ids, np.int32)
+    chex.assert_trees_all_equal(bits(run(form, pages, ids)), numpy_reference.paged_gather(bits(pages), ids))
 
 
-def check_copy(form: Callable[..., Any], shape: tuple[int, ...], dtype: str, src: list[int], dst: list[int]) -> None:
-    rng = np.random.default_rng(len(src))
-    pages = {name: random_bits(rng, shape, logical(dtype)) for name in "kv"}
-    source, target = np.array(src, np.int32), np.array(dst, np.int32)
-    got = form(jax.tree.map(jnp.asarray, pages), source, target)
-    for name, before in pages.items():
-        np.testing.assert_array_equal(bits(got[name]), bits(numpy_reference.paged_copy(before, source, target)))
+def check_copy(form: Form, case: CopyCase) -> None:
+    pages, src, dst = pages_of(case), np.array(case.src, np.int32), np.array(case.dst, np.int32)
+    copied = run(form, {"k": pages, "v": pages[:, :1]}, src, dst)
+    expected = numpy_reference.paged_copy(bits(pages), src, dst)
+    chex.assert_trees_all_equal(jax.tree.map(bits, copied), {"k": expected, "v": expected[:, :1]})
 
 
-def check_write(
-    form: Callable[..., Any],
-    slots: list[int],
-    *,
-    kv_dtype: str = "float32",
-    stored_as: str | None = None,
-    values_dtype: str = "float32",
-    heads: int = 2,
-    dims: tuple[int, int] = (16, 16),
-    scales: tuple[Any, Any] = (None, None),
-    runs: list[tuple[int, int, int]] | None = None,
-) -> None:
-    """Written slots hold what numpy stores; every other bit is what it was. ``dims``: of K and V pages, and of k, v."""
-    rng = np.random.default_rng(len(slots))
-    dtype = logical(kv_dtype)
-    storage = logical(stored_as) if stored_as else dtype
-    pages = [random_bits(rng, (5, heads, 8, dims[0]), storage) for _ in "kv"]
-    values = [
-        rng.standard_normal((len(slots), heads, dims[1])).astype(logical(values_dtype)) * np.float32(40) for _ in "kv"
-    ]
-    values = [x.astype(logical(values_dtype)) for x in values]
-    mapping = np.array(slots if runs is None else runs, np.int32)
-    got = form(
-        *map(jnp.asarray, pages), *values, mapping, k_scale=scales[0], v_scale=scales[1], kv_dtype=jnp.dtype(dtype)
-    )
-    for written, before, rows, scale in zip(got, pages, values, scales, strict=True):
-        divisor = np.float32(1) if scale is None else np.asarray(scale, np.float32)[..., None]
-        stored = encode(rows.astype(np.float32) / divisor, dtype).view(storage)
-        np.testing.assert_array_equal(bits(written), bits(numpy_reference.paged_write(before, stored, slots)))
+def pages_of(case: CopyCase | GatherCase) -> NDArray[Any]:
+    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    return random_bits(rng, (NUM_PAGES, *case.shape), logical(case.dtype))
 
 
-def check_merge(form: Callable[..., Any], shape: tuple[int, ...], dtype: str = "float32") -> None:
-    """States that saw nothing hold NaN; +inf and NaN LSEs count as -inf; the first row saw nothing at all."""
-    rng = np.random.default_rng(shape[0])
-    outs = rng.standard_normal(shape).astype(logical(dtype))
-    lses = (rng.standard_normal(shape[:-1]) * 9).astype(np.float32)
-    lses[:, 0] = -np.inf
-    for row, empty in enumerate((-np.inf, np.inf, np.nan)):
-        lses[row % shape[0], -1 - row] = empty
-    outs[~np.isfinite(lses)] = np.nan
-    out, lse = form(jnp.asarray(outs), jnp.asarray(lses))
+def check_write(form: Form, case: WriteCase) -> None:
+    """Written slots hold what numpy stores; every other bit is what it was."""
+    inputs = write_cases.make_inputs(case)
+    given = dict(inputs.arguments)
+    given["kv_dtype"] = logical_dtype("k_pages", given["k_pages"].dtype, given["kv_dtype"])
+    names = ("k_pages", "v_pages", "k", "v", "slot_mapping")
+    written = run(form, *(given.pop(name) for name in names), **given)
+    chex.assert_trees_all_equal(jax.tree.map(bits, written), (bits(inputs.k_pages), bits(inputs.v_pages)))
+
+
+def check_merge(form: Form, case: MergeCase) -> None:
+    outs, lses = merge_cases.make_inputs(case)
+    out, lse = run(form, outs, lses)
+    assert out.dtype == outs.dtype
+    assert lse.dtype == np.float32
     expected = numpy_reference.merge_attention_states(outs.astype(np.float64), lses.astype(np.float64))
-    tolerance = TOLERANCE[dtype]
-    assert out.dtype == jnp.dtype(dtype)
-    chex.assert_trees_all_close(np.asarray(out, np.float64), expected[0], atol=tolerance, rtol=tolerance)
-    chex.assert_trees_all_close(np.asarray(lse, np.float64), expected[1], atol=1e-5, rtol=1e-5)
+    tolerance = TOLERANCE[case.dtype]
+    chex.assert_trees_all_close(out.astype(np.float64), expected[0], atol=tolerance, rtol=tolerance)
+    chex.assert_trees_all_close(lse.astype(np.float64), expected[1], atol=1e-5, rtol=1e-5)
