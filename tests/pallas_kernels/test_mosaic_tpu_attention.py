@@ -1,0 +1,95 @@
+"""The Mosaic TPU form of ``paged_attention``, interpreted on some shared cases; ``compile_tests`` runs them all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels import paged_attention
+from pallas_kernels.interpret import interpret_pallas
+from pallas_kernels.paged_attention import mosaic_tpu
+from tests.pallas_kernels.attention_cases import CASES, AttentionCase
+from tests.pallas_kernels.attention_inputs import make_inputs
+from tests.pallas_kernels.mosaic_checks import QUICKLY, check_attention, interpreted
+
+ALL = {case.name: case for case in CASES}
+
+# Each option once or twice, in decode and in mixed batches: an interpreted kernel takes seconds to compile.
+INTERPRETED = [
+    *("decode", "decode-empty-sequences", "decode-long", "decode-padding-sequences", "only-padding"),
+    *("prefill-two-tiles", "mixed-empty-queries", "mixed-padding-tokens", "speculative", "more-queries-than-keys"),
+    *("no-spare-column", "block-size-1", "heads-14q2kv", "v-head-dim-larger", "storage-padded", "not-causal-long"),
+    *("window-long-300", "window-decode-long", "chunk-decode", "chunk-and-window", "holes-long", "shuffled-holes"),
+    *("trimmed-window-long", "context-3-2-4", "context-sinks", "context-shuffled", "soft-cap", "sinks-decode"),
+    *("k-scale-head", "large-logits", "int8-as-uint8-head-head", "bfloat16-as-uint16-None-None", "everything"),
+    *("float8_e4m3fn-as-float8_e4m3fn-head-tensor", "q-bfloat16"),
+]
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_against_float64(name: str) -> None:
+    check_attention(mosaic_tpu.paged_attention, ALL[name])
+
+
+@pytest.mark.parametrize("name", ["q-float16"])
+def test_float16_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(NotImplementedError, match="no arithmetic in float16"):
+        check_attention(mosaic_tpu.paged_attention, ALL[name])
+
+
+def test_refuses_what_it_cannot_with_the_reason() -> None:
+    arguments = make_inputs(ALL["decode"]).arguments
+    with pytest.raises(NotImplementedError, match="run on a TPU, and this is for a cpu"):
+        paged_attention(**arguments, implementation="mosaic_tpu")
+    wide = np.full((len(arguments["kv_lens"]), 2**18), -1, np.int32)
+    with interpret_pallas(), pytest.raises(NotImplementedError, match="scalar memory"):
+        paged_attention(**{**arguments, "block_tables": wide}, implementation="mosaic_tpu")
+
+
+def test_traced_options_in_one_compiled_scan() -> None:
+    """What varies by layer varies inside a scan, without a compilation each."""
+    arguments = make_inputs(AttentionCase("traced", kv_lens=(33, 64), query_lens=(2, 20), k_scale="head")).arguments
+    layers = {
+        "sliding_window": np.array([3, 2**31 - 1], np.int32),
+        "chunk_size": np.array([50, 9], np.int32),
+        "rank": np.array([0, 1], np.int32),
+        "k_scale": np.stack([arguments["k_scale"], arguments["k_scale"] * 2]),
+        "v_scale": np.array([0.5, 2.0], np.float32),
+        "scale": np.array([0.1, 0.2], np.float32),
+        "logits_soft_cap": np.array([1.0, 5.0], np.float32),
+    }
+
+    def attend(layer: dict[str, Any], implementation: str) -> Any:
+        layer = dict(layer)
+        context = (2, layer.pop("rank"), 4)
+        given = {**arguments, **layer, "context_parallel": context}
+        return paged_attention(**given, return_lse=True, implementation=implementation)
+
+    def scan() -> Any:
+        return jax.lax.scan(lambda _, layer: (None, attend(layer, "mosaic_tpu")), None, layers)[1]
+
+    with interpreted():
+        scanned = jax.tree.map(np.asarray, jax.jit(scan, compiler_options=QUICKLY)())
+    for i in range(2):
+        one = attend(jax.tree.map(lambda x, i=i: x[i], layers), "xla")
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], scanned), one, atol=1e-5)
+
+
+def test_ids_outside_the_pool_are_as_minus_one() -> None:
+    arguments = make_inputs(ALL["decode"]).arguments
+    table = arguments["block_tables"].copy()
+    table[4, 2] = -1
+
+    def attend(block_tables: Any) -> Any:
+        return paged_attention(**{**arguments, "block_tables": block_tables}, implementation="mosaic_tpu")
+
+    with interpreted():
+        compiled = jax.jit(attend, compiler_options=QUICKLY)
+        expected = np.asarray(compiled(table))
+        for bad in (arguments["k_pages"].shape[0], 2**31 - 1, -(2**31)):
+            got = np.asarray(compiled(np.where(table < 0, bad, table).astype(np.int32)))
+            chex.assert_trees_all_equal(got, expected)
