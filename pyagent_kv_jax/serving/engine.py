@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -250,10 +251,18 @@ class Engine:
         self.backend.free(request_id)  # a way of its own, taken when generation ends
 
     def abort_all(self) -> None:
-        """Forget every request and give all their blocks back; safe after an error anywhere in a step."""
+        """Forget every request and give all their blocks back; safe after an error or interrupt anywhere in a step."""
         for request_id in self.scheduler.drop_all():
-            with contextlib.suppress(UnknownRequestError):  # never admitted, or freed by the step that failed
+            with contextlib.suppress(UnknownRequestError):  # never admitted, or freed by the step that broke off
                 self.backend.free(request_id)
+        pages = self.backend.pages
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(pages)):  # it broke off after the pages were donated
+            self.backend.pages = jax.tree.map(_zeros_in_place_of, pages)
+
+
+def _zeros_in_place_of(lost: jax.Array) -> jax.Array:
+    # Committed or not as before: that is part of what a compiled step is chosen by.
+    return jnp.zeros(lost.shape, lost.dtype, device=lost.sharding if lost.committed else None)
 
 
 def _smallest(sizes: Sequence[int], needed: int) -> int:

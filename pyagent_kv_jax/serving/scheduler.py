@@ -134,11 +134,6 @@ class Scheduler:
         """Whether any request still wants tokens."""
         return bool(self.waiting or self.running)
 
-    @property
-    def holding(self) -> list[str]:
-        """Ids that may hold blocks now."""
-        return [request.request_id for request in self.running] + list(self._pending_free)
-
     def schedule(self, num_free_blocks: Callable[[], int]) -> Schedule:
         """Propose the next step; changes nothing.
 
@@ -248,7 +243,11 @@ class Scheduler:
         return request.request_id
 
     def drop_all(self) -> list[str]:
-        """Forget every request; returns the ids that may still hold blocks."""
-        holding = self.holding
+        """Forget every request; returns all ids that may hold blocks.
+
+        Waiting ones among them: where a step broke off between the manager's answer and ``update``, the manager has
+        admitted requests that this scheduler still takes for waiting.
+        """
+        ids = [*(request.request_id for request in self.running + self.waiting), *self._pending_free]
         self.waiting, self.running, self._pending_free, self._admit = [], [], {}, True
-        return holding
+        return list(dict.fromkeys(ids))

@@ -5,9 +5,16 @@ import contextlib
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from serving_models import CONFIG, VOCAB, ragged_prompts, small_model
 
-from pyagent_kv_jax.errors import CallbackError, InvalidArgumentError, OutOfBlocksError, RequestTooLongError
+from pyagent_kv_jax.errors import (
+    CallbackError,
+    InvalidArgumentError,
+    KVCacheError,
+    OutOfBlocksError,
+    RequestTooLongError,
+)
 from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
 from pyagent_kv_jax.serving import (
     DenseCacheManager,
@@ -128,9 +135,11 @@ def test_without_a_seed_each_request_draws_its_own(paged_engine):
     assert len({tuple(result.token_ids) for result in results}) > 1
 
 
-def test_tokens_stream_in_order(paged_engine):
+def test_tokens_stream_in_order(paged_engine, capsys):
     prompts, seen = ragged_prompts(10, seed=3), []
-    results = serve(paged_engine, prompts, SamplingParams(max_tokens=8), on_token=lambda i, t: seen.append((i, t)))
+    params = SamplingParams(max_tokens=8)
+    results = serve(paged_engine, prompts, params, on_token=lambda i, t: seen.append((i, t)), progress=True)
+    assert "10/10" in capsys.readouterr().err
     for i, result in enumerate(results):
         assert [token for index, token in seen if index == i] == result.token_ids
     firsts = [next(at for at, (index, _) in enumerate(seen) if index == i) for i in range(10)]
@@ -177,6 +186,54 @@ def test_an_interrupted_generation_gives_every_block_back(paged_engine, error):
     assert not paged_engine.has_unfinished
     again = serve(paged_engine, [[1, 2, 3]], SamplingParams(max_tokens=4))  # and it goes on working
     assert len(again[0].token_ids) == 4
+
+
+@pytest.mark.parametrize("when", ["before the device", "after the pages were donated"])
+def test_a_step_that_breaks_off_gives_every_block_back(paged_engine, monkeypatch, when):
+    """The worst moment: the manager has admitted requests that the scheduler still takes for waiting."""
+    dispatch, steps = paged_engine._dispatch, []
+
+    def broken(*arguments):
+        steps.append(arguments)
+        if len(steps) == 2:
+            if when != "before the device":
+                jax.tree.map(lambda leaf: leaf.delete(), paged_engine.backend.pages)
+            raise KeyboardInterrupt
+        return dispatch(*arguments)
+
+    monkeypatch.setattr(paged_engine, "_dispatch", broken)
+    prompts = [[1 + i] * 20 for i in range(6)]
+    with pytest.raises(KeyboardInterrupt):
+        serve(paged_engine, prompts, SamplingParams(max_tokens=4))
+    assert all_free(paged_engine.backend)
+    paged_engine.backend.check_invariants()
+    with counted_compilations() as compiled:
+        assert len(serve(paged_engine, prompts, SamplingParams(max_tokens=4))) == 6
+    assert compiled == []
+
+
+def test_a_memory_pressure_callback_that_raises_ends_generation_cleanly():
+    engine = Engine(small_model(), paged_manager(), EngineConfig(16, 32, row_buckets=(4, 16)))
+    told = []
+
+    def callback(pressure):
+        told.append(pressure.num_blocks_needed)
+        raise RuntimeError("no")
+
+    engine.backend.on_memory_pressure(callback)
+    with pytest.raises(CallbackError, match="memory-pressure callback"):
+        serve(engine, [[1] * 30] * 16, SamplingParams(max_tokens=60, ignore_eos=True))
+    assert told == [told[0]]
+    assert all_free(engine.backend)
+
+
+def test_nan_logits_are_an_error_not_a_token():
+    graph, state = nnx.split(small_model())
+    model = nnx.merge(graph, jax.tree.map(lambda leaf: leaf * np.nan, state))
+    engine = Engine(model, paged_manager(), EngineConfig(16, 32, row_buckets=(4, 16)))
+    with pytest.raises(KVCacheError, match="NaN logits for token 0"):
+        serve(engine, [[1, 2, 3]], SamplingParams(max_tokens=8))
+    assert all_free(engine.backend)
 
 
 def test_requests_of_others_in_the_cache_are_left_alone(paged_engine):
