@@ -1,4 +1,7 @@
-"""Compile for NVIDIA GPUs that are not there, down to machine code, and read what the compiler says about it."""
+"""Compile for NVIDIA GPUs that are not there, down to machine code, and read what the compiler says about it.
+
+Wants ``jax[cuda12-local]``, and ptxas from ``nvidia-cuda-nvcc-cu12`` or a CUDA toolkit; ``JAX_PLATFORMS=cpu``.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +47,15 @@ def sharding(gpu: str) -> SingleDeviceSharding:
     return SingleDeviceSharding(topology.devices[0])
 
 
-def compile_for(gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
-    """``function`` compiled for ``gpu``; ``arguments`` are trees of ``ShapeDtypeStruct``."""
+def compile_for(
+    gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = (), dump: Path | None = None
+) -> Any:
+    """``function`` compiled for ``gpu``; ``arguments`` are trees of ``ShapeDtypeStruct``; the PTX goes to ``dump``."""
     device = AbstractDevice(device_kind=GPUS[gpu].kind, num_cores=GPUS[gpu].cores, platform="gpu")
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(gpu)), arguments)
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         lowered = jax.jit(function, donate_argnums=donate).trace(*placed).lower(lowering_platforms=("cuda",))
-    return lowered.compile()
+    return lowered.compile(compiler_options={"xla_dump_to": str(dump)} if dump else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +69,14 @@ class Resources:
 
 
 def resources(dump: Path, gpu: str) -> list[Resources]:
-    """Of every kernel whose PTX lies in ``dump`` (``XLA_FLAGS=--xla_dump_to``), as ptxas counts them."""
+    """Of every kernel whose PTX lies in ``dump``, as ptxas counts them."""
     found = []
     for ptx in sorted(dump.glob("*.ptx")):
         run = subprocess.run(
-            [ptxas(), f"-arch={GPUS[gpu].arch}", "-v", str(ptx), "-o", os.devnull], capture_output=True, text=True
+            [ptxas(), f"-arch={GPUS[gpu].arch}", "-v", str(ptx), "-o", os.devnull],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         found += _parse(run.stdout + run.stderr)
     return found
