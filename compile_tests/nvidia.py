@@ -72,6 +72,8 @@ def resources(dump: Path, gpu: str) -> list[Resources]:
     """Of every kernel whose PTX lies in ``dump``, as ptxas counts them."""
     found = []
     for ptx in sorted(dump.glob("*.ptx")):
+        if not ptx.stat().st_size:  # XLA's module of constants
+            continue
         run = subprocess.run(
             [ptxas(), f"-arch={GPUS[gpu].arch}", "-v", str(ptx), "-o", os.devnull],
             capture_output=True,

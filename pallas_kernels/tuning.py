@@ -13,11 +13,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TABLE = Path(__file__).with_name("tuning.json")
 
 _FORCED: ContextVar[Mapping[str, Mapping[str, int]] | None] = ContextVar("forced_kernel_parameters", default=None)
+
+_ASKED: ContextVar[list[Asked] | None] = ContextVar("asked_kernel_parameters", default=None)
+
+
+class Asked(NamedTuple):
+    """A question to the table: whose parameters, for which shape, and what the form takes where it is silent."""
+
+    operation: str
+    implementation: str
+    device_kind: str
+    key: str
+    rule: tuple[tuple[str, int], ...]
+
+    @property
+    def heuristic(self) -> dict[str, int]:
+        return dict(self.rule)
 
 
 def shape_key(shape: Mapping[str, Any]) -> str:
@@ -33,6 +49,9 @@ def parameters(
     heuristic: Mapping[str, int],
 ) -> dict[str, int]:
     """``heuristic``, overruled by the table's entry for this device and shape, overruled by ``forced``."""
+    asked = _ASKED.get()
+    if asked is not None:
+        asked.append(Asked(operation, implementation, device_kind, shape_key(shape), tuple(heuristic.items())))
     entries = table().get(operation, {}).get(implementation, {}).get(device_kind, {})
     forced = (_FORCED.get() or {}).get(operation, {})
     chosen = {**heuristic, **entries.get(shape_key(shape), {}), **forced}
@@ -55,6 +74,17 @@ def forced(operation: str, **chosen: int) -> Iterator[None]:
         yield
     finally:
         _FORCED.reset(token)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Asked]]:
+    """Inside, every question that is put to the table is added to the list: for tuning."""
+    asked: list[Asked] = []
+    token = _ASKED.set(asked)
+    try:
+        yield asked
+    finally:
+        _ASKED.reset(token)
 
 
 @functools.cache

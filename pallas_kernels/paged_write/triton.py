@@ -16,11 +16,8 @@ from pallas_kernels.page_ids import nowhere_if_invalid, report_out_of_range
 from pallas_kernels.paged_write.reference import expand_runs
 from pallas_kernels.triton_numbers import encode, require_addressable
 from pallas_kernels.triton_tiles import powers_of_2
-from pallas_kernels.tuning import parameters
+from pallas_kernels.tuning import next_power_of_2, parameters
 from pallas_kernels.words import as_bits
-
-# Two tokens of 8 heads of 128 are 4 KiB of K and as much of V: 32 bytes of each for each of 128 threads.
-HEURISTIC = {"tokens": 2, "num_warps": 4}
 
 
 def paged_write(
@@ -39,9 +36,14 @@ def paged_write(
     require_addressable(k_pages)
     require_addressable(v_pages)
     shape = {"kv_heads": k.shape[1], "head_dim": k.shape[2], "itemsize": kv_dtype.itemsize}
-    chosen = parameters("paged_write", "triton", gpu.kind, shape, HEURISTIC)
+    chosen = parameters("paged_write", "triton", gpu.kind, shape, heuristic(k.shape[1] * k.shape[2]))
     scales = {"k_scale": k_scale, "v_scale": v_scale}
     return _write(k_pages, v_pages, k, v, slot_mapping, **scales, kv_dtype=kv_dtype, gpu=gpu, **chosen)
+
+
+def heuristic(numbers: int) -> dict[str, int]:
+    """For tokens of so many numbers: 2048 of K and of V a program, 16 of each a thread, more only with more threads."""
+    return {"tokens": min(max(2048 // next_power_of_2(numbers), 1), 8), "num_warps": 4 if numbers <= 2048 else 8}
 
 
 @partial(jax.jit, static_argnames=("kv_dtype", "gpu", "tokens", "num_warps"))
