@@ -26,7 +26,8 @@ from pallas_kernels.mosaic_tpu import (
 from pallas_kernels.number_format import per_head
 from pallas_kernels.page_ids import report_out_of_range
 from pallas_kernels.paged_attention.context_parallel import ContextParallel
-from pallas_kernels.paged_attention.mosaic_tpu_kernel import Arrays, Outputs, Plan, Scalars, Scratch, attend
+from pallas_kernels.paged_attention.mosaic_tpu_kernel import attend
+from pallas_kernels.paged_attention.mosaic_tpu_memory import Arrays, Outputs, Plan, Scalars, Scratch
 from pallas_kernels.paged_attention.reference import report_lengths
 from pallas_kernels.paged_attention.visibility import Visibility
 from pallas_kernels.paged_attention.work_items import Item, Items, Sequences, Tables

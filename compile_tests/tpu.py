@@ -1,0 +1,34 @@
+"""Compile for TPUs that are not there, and read what the compiler says about memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a cloud server where it is, and waits
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody has a TPU here, so any number may load it
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+
+TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+@functools.cache
+def device(tpu: str) -> Any:
+    """One device of a TPU that is not there."""
+    return topologies.get_topology_desc(platform="tpu", topology_name=TPUS[tpu]).devices[0]
+
+
+def compile_for(tpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+    """``function`` compiled for ``tpu``; ``arguments`` are trees of ``ShapeDtypeStruct``."""
+    target = device(tpu)
+    abstract = AbstractDevice(device_kind=target.device_kind, num_cores=target.num_cores, platform="tpu")
+    sharding = SingleDeviceSharding(target)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+        lowered = jax.jit(function, donate_argnums=donate).trace(*placed).lower(lowering_platforms=("tpu",))
+    return lowered.compile()
