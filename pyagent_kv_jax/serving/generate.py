@@ -121,7 +121,7 @@ def _one_each(sampling: SamplingParams | Sequence[SamplingParams], count: int) -
 
 
 def fitting_cache_config(model: Any, lengths: Sequence[int], *, max_num_seqs: int, **overrides: Any) -> KVCacheConfig:
-    """A cache for ``model`` with no more blocks than its memory or these requests can fill.
+    """A cache for ``model`` with about as many blocks as these requests can fill, or as many as memory holds.
 
     Args:
         model: its ``config.kv_cache_config`` tells the layers and heads.
@@ -138,7 +138,8 @@ def fitting_cache_config(model: Any, lengths: Sequence[int], *, max_num_seqs: in
         longest = np.sort(np.asarray(lengths))[::-1][:max_num_seqs]
         wanted = int(np.sum(-(-longest // config.block_size)))
         spare = max_num_seqs + wanted // 16  # so that the watermark holds nobody up
-        sizes["num_blocks"] = min(wanted + spare, config.pool_blocks)
+        # A power of two, so that calls with other prompts find the same shapes compiled.
+        sizes["num_blocks"] = min(1 << (wanted + spare - 1).bit_length(), config.pool_blocks)
     return model.config.kv_cache_config(**sizes)
 
 
