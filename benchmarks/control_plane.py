@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import itertools
 import statistics
 import time
@@ -31,10 +32,10 @@ from benchmarks.report import Row, argument_parser, publish
 from pyagent_kv_jax.config import BlockTableConfig
 from pyagent_kv_jax.pool import BlockPool
 from pyagent_kv_jax.tables import BlockTable, append_rows, slots_of
-from pyagent_kv_jax.tables.compiler_options import CONTROL_STEP_ON_CPU
+from pyagent_kv_jax.tables.host_step import CONTROL_STEP_ON_CPU, in_one_piece
 
 REQUESTS, BLOCKS, BLOCK_SIZE, WIDTH = 256, 65_536, 16, 2048
-STEPS, ROUNDS, SCANNED = 16, 24, 64
+STEPS, ROUNDS, SCANNED = 64, 20, 64
 VLLM_MEASURED_EARLIER_US = 1170.0
 
 State = tuple[BlockPool, BlockTable]
@@ -76,9 +77,16 @@ class Ours:
     new_tokens: int
 
     def __post_init__(self) -> None:
-        options = CONTROL_STEP_ON_CPU if jax.default_backend() == "cpu" else None
-        one = partial(decode_step, self.new_tokens)
-        many = partial(jax.lax.scan, lambda state, _: one(state), xs=None, length=SCANNED)
+        on_cpu = jax.default_backend() == "cpu"
+        options = CONTROL_STEP_ON_CPU if on_cpu else None
+        step = partial(decode_step, self.new_tokens)
+
+        def one(state: State) -> tuple[State, Any]:
+            return in_one_piece(step, state, state[0].num_free) if on_cpu else step(state)
+
+        def many(state: State) -> tuple[State, Any]:
+            return jax.lax.scan(lambda state, _: step(state), state, length=SCANNED)
+
         self.step = jax.jit(one, donate_argnums=0, compiler_options=options)
         self.scan = jax.jit(many, donate_argnums=0, compiler_options=options)
 
@@ -168,15 +176,18 @@ def vllm_burst(lengths: NDArray[np.int32], new_tokens: int) -> Burst:
         hash_block_size=BLOCK_SIZE,
         enable_caching=False,
     )
-    requests = []
-    for row, length in enumerate(lengths.tolist()):
-        request = Request(str(row), list(range(length)), SamplingParams(max_tokens=WIDTH * BLOCK_SIZE), None)
-        assert manager.allocate_slots(request, length) is not None
-        request.num_computed_tokens = length
-        requests.append(request)
+
+    def begin() -> list[Request]:
+        requests = []
+        for row, length in enumerate(lengths.tolist()):
+            request = Request(str(row), [1] * length, SamplingParams(max_tokens=WIDTH * BLOCK_SIZE), None)
+            assert manager.allocate_slots(request, length) is not None
+            request.num_computed_tokens = length
+            requests.append(request)
+        return requests
 
     def burst() -> float:
-        spent = 0.0
+        spent, requests = 0.0, begin()
         for _ in range(STEPS):
             for request in requests:
                 request.append_output_token_ids([1] * new_tokens)
@@ -186,23 +197,33 @@ def vllm_burst(lengths: NDArray[np.int32], new_tokens: int) -> Burst:
             spent += time.perf_counter() - began
             for request in requests:
                 request.num_computed_tokens += new_tokens
+        for request in requests:
+            manager.free(request)
         return spent * 1e6 / STEPS
 
     return burst
 
 
-def take_turns(bursts: dict[str, Burst], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median over the rounds, after one to warm up; in turns, so that a busy machine is fair to all."""
+def take_turns(bursts: dict[str, Burst]) -> dict[str, float]:
+    """Median over the rounds, after one to warm up; in turns, so that a busy machine is fair to all.
+
+    Garbage is collected between bursts and not within, as ``timeit`` has it.
+    """
     for burst in bursts.values():
         burst()
     taken: dict[str, list[float]] = {name: [] for name in bursts}
-    for _ in range(rounds):
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    for _ in range(ROUNDS):
         for name, burst in bursts.items():
             taken[name].append(burst())
+            gc.collect()
+    gc.enable()
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def decode_rows(what: str, lengths: NDArray[np.int32], new_tokens: int, rounds: int) -> Iterator[Row]:
+def decode_rows(what: str, lengths: NDArray[np.int32], new_tokens: int) -> Iterator[Row]:
     """Our three ways beside both baselines."""
     ours, plain = Ours(start(BLOCKS, lengths), new_tokens), PlainPython(BLOCKS, lengths, new_tokens)
     np.testing.assert_array_equal(ours.slots(), plain.slots())
@@ -214,7 +235,7 @@ def decode_rows(what: str, lengths: NDArray[np.int32], new_tokens: int, rounds: 
         bursts["vllm"] = vllm_burst(lengths, new_tokens)
     except ImportError:
         name = "vLLM, measured earlier on such a machine, not in this run"
-    times = {"vllm": VLLM_MEASURED_EARLIER_US} | take_turns(bursts, rounds)
+    times = {"vllm": VLLM_MEASURED_EARLIER_US} | take_turns(bursts)
     for way in ("on the device", "on the host", "in one scan"):
         if way in times:
             yield Row(f"decode step, {what}, {way}", times[way], name, times["vllm"])
@@ -235,8 +256,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run, print, write."""
     args: Any = argument_parser(__doc__).parse_args(argv)
     lengths = context_lengths(2000)
-    rows = list(decode_rows("1 row in 16 takes a block", lengths, 1, ROUNDS))
-    rows += decode_rows("every row takes a block", lengths // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE, BLOCK_SIZE, 4)
+    rows = list(decode_rows("1 row in 16 takes a block", lengths, 1))
+    rows += decode_rows("every row takes a block", lengths // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE, BLOCK_SIZE)
     rows += pool_size_rows()
     publish(rows, args.json)
 
