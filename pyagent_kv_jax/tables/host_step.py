@@ -33,7 +33,8 @@ def in_one_piece(step: Callable[[State], tuple[State, Out]], state: State, count
     """
     shapes = jax.eval_shape(step, state)[1]
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    once = 1 + lax.rem(counter, 2) // 2
+    two = jnp.asarray(2, counter.dtype)
+    once = 1 + lax.div(lax.rem(counter, two), two)
 
     def body(_: Any, carry: tuple[State, Out]) -> tuple[State, Out]:
         return step(carry[0])
