@@ -22,9 +22,7 @@ _OPERATION = Operation(
 Pages = TypeVar("Pages", bound=Any)
 
 
-def paged_copy(
-    pages: Pages, src: jax.Array, dst: jax.Array, *, implementation: Implementation = None
-) -> Pages:
+def paged_copy(pages: Pages, src: jax.Array, dst: jax.Array, *, implementation: Implementation = None) -> Pages:
     """Copy page ``src[i]`` onto page ``dst[i]`` for every i, as if all reads came before all writes.
 
     So ``src`` and ``dst`` may overlap, and a permutation moves in one call. For copy-on-write and
@@ -49,9 +47,7 @@ def paged_copy(
     require(bool(leaves), "pages", pages, "at least one array of pages")
     for leaf in leaves:
         require_pages("pages", leaf)
-        require(
-            leaf.shape[0] == leaves[0].shape[0], "pages", leaf, f"{leaves[0].shape[0]} pages in each array"
-        )
+        require(leaf.shape[0] == leaves[0].shape[0], "pages", leaf, f"{leaves[0].shape[0]} pages in each array")
     require_int32("src", src, "int32[n]", 1)
     require_int32("dst", dst, "int32[n]", 1)
     require_shape("dst", dst, src.shape, "[n], as src")
