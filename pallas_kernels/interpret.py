@@ -48,7 +48,7 @@ def target_platform() -> str:
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is None:
-        device = jax.config.jax_default_device
+        device = getattr(jax.config, "jax_default_device", None)
     platform = device if isinstance(device, str) else getattr(device, "platform", None)
     platform = platform or jax.default_backend()
     return "gpu" if platform in ("cuda", "rocm") else platform

@@ -146,6 +146,7 @@ class KVPages:
             max_query_len=meta.max_query_len,
             max_kv_len=meta.max_kv_len,
         )
+        assert isinstance(out, jax.Array)  # a pair only with return_lse
         return out, pages
 
     def copy_blocks(self, src: jax.Array, dst: jax.Array) -> Self:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from pyagent_kv_jax.arguments import integer, shown
 from pyagent_kv_jax.config import BlockTableConfig
 from pyagent_kv_jax.errors import (
     InvalidArgumentError,
@@ -78,7 +79,7 @@ class BlockTable:
             InvalidBlockError: a negative id.
         """
         row, ids = self._row(row_idx), _block_ids(block_ids)
-        tokens = _integer("num_tokens", num_tokens)
+        tokens = integer("num_tokens", num_tokens)
         table, ok = _append_row(self, row, ids, tokens)
         if is_concrete(ok) and not ok:
             raise self._why_not_appended(int(row), np.asarray(ids), int(tokens))
@@ -113,7 +114,7 @@ class BlockTable:
         """
         source, target = self._row(src, "src"), self._row(dst, "dst")
         table, ok = _move_row(self, source, target)
-        require(ok, InvalidArgumentError, f"move_row: row dst={_shown(dst)} holds blocks, want an empty row")
+        require(ok, InvalidArgumentError, f"move_row: row dst={shown(dst)} holds blocks, want an empty row")
         return table
 
     def swap_rows(self, a: ArrayLike, b: ArrayLike) -> Self:
@@ -146,7 +147,7 @@ class BlockTable:
         Raises:
             InvalidArgumentError: no such row, a negative count or position, or tokens that the row does not hold.
         """
-        row, start = self._row(row_idx), _integer("start_position", start_position)
+        row, start = self._row(row_idx), integer("start_position", start_position)
         length = _length(num_tokens)
         padded = 1 << max(length - 1, 0).bit_length()
         slots, held = _row_slots(self, row, start, jnp.int32(length), padded)
@@ -154,8 +155,8 @@ class BlockTable:
         require(
             fits,
             InvalidArgumentError,
-            f"compute_slot_mapping: got {length} tokens from position {_shown(start)} on,"
-            f" want tokens among the {_shown(held)} of row {_shown(row)}",
+            f"compute_slot_mapping: got {length} tokens from position {shown(start)} on,"
+            f" want tokens among the {shown(held)} of row {shown(row)}",
         )
         if is_concrete(slots) and padded != length:
             return SlotMapping(jnp.asarray(np.asarray(slots)[:length]))  # cut on the host: no program for each length
@@ -194,7 +195,7 @@ class BlockTable:
     # -- arguments
 
     def _row(self, row_idx: ArrayLike, name: str = "row_idx") -> Any:
-        row = _integer(name, row_idx)
+        row = integer(name, row_idx)
         if is_concrete(row):
             if not 0 <= row < self.num_rows:
                 raise InvalidArgumentError(f"{name}: got {row}, want a row in [0, {self.num_rows})")
@@ -227,22 +228,6 @@ class BlockTable:
 _PAD = -(2**31)  # block_ids are padded to a power of two with this; -1 would hide an id that is wrong
 
 
-def _integer(name: str, value: ArrayLike) -> Any:
-    """``value`` as np.int32, or as it is when traced.
-
-    Raises:
-        InvalidArgumentError: not one integer, or not an int32.
-    """
-    if isinstance(value, jax.core.Tracer):
-        if value.ndim or not jnp.issubdtype(value.dtype, jnp.integer):
-            raise InvalidArgumentError(f"{name}: got {value.dtype}{list(value.shape)}, want one integer")
-        return value
-    array = np.asarray(value)
-    if array.ndim or not np.issubdtype(array.dtype, np.integer) or not -(2**31) <= array < 2**31:
-        raise InvalidArgumentError(f"{name}: got {value!r}, want one integer that fits int32")
-    return np.int32(array)
-
-
 def _length(num_tokens: Any) -> int:
     try:
         length = operator.index(num_tokens)
@@ -270,10 +255,6 @@ def _block_ids(block_ids: ArrayLike) -> Any:
     padded = np.full(1 << max(ids.size - 1, 0).bit_length(), _PAD, np.int32)
     padded[: ids.size] = ids
     return padded
-
-
-def _shown(value: Any) -> str:
-    return str(value) if is_concrete(value) else "<traced>"
 
 
 @jax.jit
