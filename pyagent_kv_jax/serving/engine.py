@@ -236,18 +236,22 @@ class Engine:
         Raises:
             OutOfBlocksError: the cache has no block to spare for it.
         """
+        for _ in range(2):  # jax may compile once more for pages that come out of a step than for new ones
+            self.backend.get_num_free_blocks()
+            self._warm_up((size, size) for size in self._decode_sizes)
+            self._warm_up(((self.config.max_num_seqs, size) for size in self._prefill_sizes), self.config.token_budget)
+
+    def _warm_up(self, shapes: Iterable[tuple[int, int]], num_tokens: int | None = None) -> None:
+        """Run the (rows, tokens) of one layout, decode unless ``num_tokens`` is given."""
         request_id, rows = f"{self._name}-warm-up", self.config.max_num_seqs
-        self.backend.get_num_free_blocks()
-        decode, prefill = [(size, size) for size in self._decode_sizes], [(rows, size) for size in self._prefill_sizes]
-        for shapes, num_tokens in ((decode, None), (prefill, self.config.token_budget)):
-            plan = self.backend.step([request_id], [1], num_rows=rows, num_tokens=num_tokens)
-            if not plan.ok.all():
-                raise OutOfBlocksError("warm_up: got a cache without a free block, want one to spare")
-            for row_size, token_size in shapes:
-                sampling = SamplingArrays.from_rows([], [], [], row_size)
-                jax.block_until_ready(self._dispatch(np.zeros(token_size, np.int32), plan.metadata, sampling))
-            self.backend.step([], [], free=[request_id], num_rows=rows, num_tokens=num_tokens)
-        self.backend.step([request_id], [1], num_rows=rows)
+        plan = self.backend.step([request_id], [1], num_rows=rows, num_tokens=num_tokens)
+        if not plan.ok.all():
+            raise OutOfBlocksError("warm_up: got a cache without a free block, want one to spare")
+        for row_size, token_size in shapes:
+            sampling = SamplingArrays.from_rows([], [], [], row_size)
+            jax.block_until_ready(self._dispatch(np.zeros(token_size, np.int32), plan.metadata, sampling))
+        self.backend.step([], [], free=[request_id], num_rows=rows, num_tokens=num_tokens)
+        self.backend.step([request_id], [1], num_rows=rows, num_tokens=num_tokens)
         self.backend.free(request_id)  # a way of its own, taken when generation ends
 
     def abort_all(self) -> None:

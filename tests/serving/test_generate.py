@@ -51,9 +51,9 @@ def counted_compilations():
     """Counts everything XLA compiles in this process: steps, the manager's own calls, and strays."""
     counted = []
 
-    def listen(event, duration, **_):
+    def listen(event, duration, **details):
         if event == "/jax/core/compile/backend_compile_duration":
-            counted.append(duration)
+            counted.append(details.get("fun_name", duration))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
