@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from functools import partial
 from typing import Any, Self
 
@@ -61,8 +62,9 @@ class BlockPool:
         Raises:
             ConfigError: not a count of blocks (1 to 2**28 - 1, so that queue indices fit int32).
         """
-        if not isinstance(num_blocks, int) or not 0 < num_blocks < 2**28:
+        if not _is_count(num_blocks) or not 0 < num_blocks < 2**28:
             raise ConfigError(f"num_blocks: got {num_blocks!r}, want an integer from 1 to {2**28 - 1}")
+        num_blocks = int(num_blocks)
         blocks = jnp.arange(num_blocks, dtype=jnp.int32)
         return cls(
             ref_counts=jnp.zeros(num_blocks, jnp.int32),
@@ -111,7 +113,7 @@ class BlockPool:
             ShapeMismatchError: arrays that do not fit each other, or not of integers.
             InvalidArgumentError: a ``capacity`` so large that sums over the rows could pass int32.
         """
-        if not isinstance(capacity, int) or capacity < 0:
+        if not _is_count(capacity):
             raise InvalidArgumentError(f"capacity: got {capacity!r}, want a static integer of 0 or more")
         wanted = _ints("counts", counts)
         if (hits is None) != (hit_offsets is None):
@@ -124,7 +126,7 @@ class BlockPool:
         order = None if order is None else _ints("order", order, rows)
         if rows * (capacity + 1) + (0 if lookup is None else lookup[0].shape[0]) >= 2**31:
             raise InvalidArgumentError(f"capacity: got {capacity} for {rows} rows, want (capacity + 1) * rows < 2**31")
-        return _admit(self, wanted, lookup, order, capacity)
+        return _admit(self, wanted, lookup, order, int(capacity))
 
     def allocate(self, counts: ArrayLike, *, capacity: int) -> tuple[Self, Admission]:
         """``admit`` without hits: ``counts`` i32[R] new blocks for each row."""
@@ -204,6 +206,10 @@ class BlockPool:
         )
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
 def _ints(name: str, values: ArrayLike, length: int | None = None) -> Any:
     """``values`` as a flat array of int32.
 
@@ -266,10 +272,9 @@ def _admit(
     queued, cached, ids = queues.pop(queued, cached, num_new, capacity)
     ref_counts = ref_counts.at[jnp.where(ids < 0, num_blocks, ids)].set(1, mode="drop")
     evicted = (jnp.arange(capacity) >= num_uncached) & (ids >= 0)
-    if order is not None or (hits is not None and lookup is not None):
-        granted = None if hits is None or lookup is None else (*lookup, jnp.where(ok, hits.lengths, 0))
-        counts = jnp.where(ok, counts, 0)
-        ids, offsets, evicted = admission.lay_out(ids, num_uncached, counts, order, granted)
+    if order is not None or lookup is not None:
+        granted = (*lookup, jnp.where(ok, hits.lengths, 0)) if lookup and hits else None
+        ids, offsets, evicted = admission.lay_out(ids, num_uncached, jnp.where(ok, counts, 0), order, granted)
     return pool._with(queued, ref_counts=ref_counts, cached=cached), Admission(ids, offsets, ok, evicted)
 
 

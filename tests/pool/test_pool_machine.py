@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import chain
 
 import jax
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pyagent_kv_jax.pool import BlockPool, check_invariants
+from pyagent_kv_jax.pool.queues import Counters
 from tests.pool.pool_model import PoolModel
 
 ROWS, CAPACITY, HITS, BATCH = 3, 9, 8, 10  # static shapes: every operation compiles once for each pool size
@@ -152,3 +154,32 @@ def test_long_queues_are_swept_and_scanned_window_by_window(seed):
         assert ok
         assert model.uncache(forgotten)
         same_state(pool, model)
+
+
+def test_eviction_in_the_middle_of_a_sweep():
+    """Part of the ring compacted, then the gap, then the rest: blocks are taken in order, and across the gap."""
+    rng, num_blocks = np.random.default_rng(0), 600
+    everything = list(range(num_blocks))
+    pool, model = BlockPool.create(num_blocks), PoolModel(num_blocks)
+    pool, _ = pool.allocate([num_blocks], capacity=num_blocks)
+    model.admit([num_blocks], [[]], [0], num_blocks)
+    pool, _ = pool.mark_cached(everything)
+    pool, _ = pool.free(everything)
+    assert model.mark_cached(everything)
+    assert model.free(everything)
+    mid_sweep = 0
+    for _ in range(8):
+        ids = rng.choice(num_blocks, 32, replace=False).tolist()
+        pool, _ = pool.share(ids)
+        model.admit([0], [ids], [0], len(ids))
+        pool, _ = pool.free(ids)
+        assert model.free(ids)
+        at = Counters.of(pool.counters)
+        mid_sweep += bool(at.compacted > 0 and at.gap > 0 and at.unswept > 0)
+        emptied, emptied_model = pool, copy.deepcopy(model)
+        for count in (50, 275, 275):
+            emptied, admitted = emptied.allocate([count], capacity=275)
+            expected, _, _ = emptied_model.admit([count], [[]], [0], 275)
+            assert admitted.ids[:count].tolist() == expected[0]
+            same_state(emptied, emptied_model)
+    assert mid_sweep >= 3
