@@ -183,6 +183,15 @@ def test_clearing_any_number_of_rows(num_rows):
         assert np.array_equal(cleared.num_tokens, np.where(mask, 0, table.num_tokens))
 
 
+@pytest.mark.parametrize("offsets", [[1, 1, 2, 3, 4], [0, 2, 1, 3, 4], [0, 1, 2, 3, FLAT + 1], [0, -1, 0, 1, 1]])
+def test_offsets_that_are_none_append_nothing(offsets):
+    table = BlockTable.create(BlockTableConfig(BLOCK, ROWS, WIDTH)).append_row(1, [7], 2)
+    after, ok = _append_rows(table, np.arange(FLAT, dtype=np.int32), i32(offsets), i32([0] * ROWS), None)
+    assert not ok.any()
+    assert np.array_equal(after.blocks, table.blocks)
+    assert np.array_equal(after.num_blocks, table.num_blocks)
+
+
 @pytest.mark.parametrize("interleave", [1, 2, 4])
 @pytest.mark.parametrize("size", [2, 3])
 def test_context_parallel_slots_and_lengths(size, interleave):
