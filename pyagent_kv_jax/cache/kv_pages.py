@@ -86,6 +86,7 @@ class KVPages:
             k_scale=_of_layer(self.k_scale, layer),
             v_scale=_of_layer(self.v_scale, layer),
             kv_dtype=config.kv_dtype.jax_dtype,
+            implementation=self._implementation,
         )
         return dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
 
@@ -145,6 +146,7 @@ class KVPages:
             v_head_dim=config.value_head_dim,
             max_query_len=meta.max_query_len,
             max_kv_len=meta.max_kv_len,
+            implementation=self._implementation,
         )
         assert isinstance(out, jax.Array)  # a pair only with return_lse
         return out, pages
@@ -155,7 +157,9 @@ class KVPages:
         Pairs with a -1 are left out.
         """
         src_pages, dst_pages = self.pages_of(src), self.pages_of(dst)
-        k_pages, v_pages = paged_copy((self.k_pages, self.v_pages), src_pages.ravel(), dst_pages.ravel())
+        k_pages, v_pages = paged_copy(
+            (self.k_pages, self.v_pages), src_pages.ravel(), dst_pages.ravel(), implementation=self._implementation
+        )
         return dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
 
     def gather_blocks(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -164,8 +168,10 @@ class KVPages:
         As stored (raw bits for fp8); zeros for id -1.
         """
         pages = self.pages_of(ids)
-        k = paged_gather(self.k_pages, pages.ravel())
-        v = paged_gather(self.v_pages, pages.ravel())
+        k, v = (
+            paged_gather(stored, pages.ravel(), implementation=self._implementation)
+            for stored in (self.k_pages, self.v_pages)
+        )
         return k.reshape(*pages.shape, *k.shape[1:]), v.reshape(*pages.shape, *v.shape[1:])
 
     def pages_of(self, ids: jax.Array) -> jax.Array:
@@ -194,6 +200,11 @@ class KVPages:
     def nbytes(self) -> int:
         """Bytes of the page arrays."""
         return self.k_pages.nbytes + self.v_pages.nbytes
+
+    @property
+    def _implementation(self) -> str | None:
+        # Under jit, where pages are is not known, and a process with a GPU may keep some pages on the host.
+        return "xla" if self.config.device_type is DeviceType.CPU else None
 
     def _check_tokens(self, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> None:
         config = self.config

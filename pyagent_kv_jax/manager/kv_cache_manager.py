@@ -214,7 +214,7 @@ class KVCacheManager:
         """Check pool and table against each other; costs O(pool).
 
         Raises:
-            InvalidBlockError: an invariant of DESIGN section 2 is broken; the message lists which.
+            InvalidBlockError: they contradict themselves or each other; the message lists where.
         """
         with self._lock:
             self._control.check_invariants()

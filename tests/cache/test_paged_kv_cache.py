@@ -288,3 +288,22 @@ def test_bad_input_raises_and_changes_nothing(error: type[Exception], call: obje
     with pytest.raises(error, match=wanted):
         call(cache)
     chex.assert_trees_all_equal(jax.tree.map(np.array, cache), before)
+
+
+def test_blocks_are_copied_and_gathered_over_all_layers() -> None:
+    rng = np.random.default_rng(5)
+    cache = PagedKVCache.create(CONFIG)
+    q, k, v = random_tokens(rng, 32)
+    cache, _, _ = step(cache, jnp.array([9, 7, 8]), q, k, v, 32)
+    before_k, before_v = (np.asarray(x) for x in cache.pages.gather_blocks(jnp.arange(13)))
+    assert before_k.shape == (LAYERS, 13, KV_HEADS, 4, DIM)
+    src, dst = [0, 12, -1, 3], [12, 0, 5, 11]  # a swap, a pair left out, and a plain copy
+    copied = jax.jit(lambda pages: pages.copy_blocks(jnp.array(src), jnp.array(dst)))(cache.pages)
+    want_k, want_v = before_k.copy(), before_v.copy()
+    for wanted, before in ((want_k, before_k), (want_v, before_v)):
+        wanted[:, [12, 0, 11]] = before[:, [0, 12, 3]]
+    after_k, after_v = copied.gather_blocks(jnp.array([*range(13), -1]))
+    np.testing.assert_array_equal(after_k[:, :13], want_k)
+    np.testing.assert_array_equal(after_v[:, :13], want_v)
+    np.testing.assert_array_equal(after_k[:, 13], 0)
+    assert np.abs(want_k - before_k).max() > 0
