@@ -6,6 +6,7 @@ import dataclasses
 import math
 import numbers
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -138,11 +139,67 @@ class BlockTableConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class KVCacheConfig:
-    """Sizes of a KV cache: one group of layers that share a block table.
+class LayerGroup:
+    """Layers that keep the same tokens, and so share a block table.
 
     Attributes:
-        num_layers: layers of the group; a block spans all of them.
+        layers: the model's layers, ascending.
+        sliding_window: tokens a query sees, itself included. None: all.
+        chunk_size: a query sees the tokens of its own chunk of this many. None: all.
+
+    Raises:
+        ConfigError: no layers, layers that do not ascend, both kinds at once, or sizes that are no positive integers.
+    """
+
+    layers: tuple[int, ...]
+    sliding_window: int | None = None
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise ConfigError(f"LayerGroup.layers: got {self.layers}, want layers from 0 on, ascending")
+        _require_positive(self, *(name for name in ("sliding_window", "chunk_size") if getattr(self, name) is not None))
+        if self.sliding_window is not None and self.chunk_size is not None:
+            raise ConfigError(
+                f"LayerGroup: got sliding_window {self.sliding_window} and chunk_size {self.chunk_size}, want one of them"
+            )
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no token of the group is ever out of sight."""
+        return self.sliding_window is None and self.chunk_size is None
+
+
+def group_layers(windows: Sequence[int | None]) -> tuple[LayerGroup, ...]:
+    """Groups of about equally many layers, each of one window, for ``KVCacheConfig.layer_groups``.
+
+    A block takes the memory of the largest group, so small groups pad; but each group brings a table of its own. The
+    size chosen weighs one more group like 2% of padding.
+
+    Args:
+        windows: one entry a layer, ``LayerGroup.sliding_window``.
+    """
+    kinds = {w: tuple(layer for layer, window in enumerate(windows) if window == w) for w in dict.fromkeys(windows)}
+    counts = [len(layers) for layers in kinds.values()]
+
+    def cost(size: int) -> float:
+        groups = sum(math.ceil(count / size) for count in counts)
+        return 1 - sum(counts) / (groups * size) + 0.02 * groups
+
+    size = min(range(1, max(counts, default=0) + 1), key=cost, default=1)
+    return tuple(
+        LayerGroup(layers[start : start + size], sliding_window=window)
+        for window, layers in kinds.items()
+        for start in range(0, len(layers), size)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class KVCacheConfig:
+    """Sizes of a KV cache.
+
+    Attributes:
+        num_layers: layers of the model; without ``layer_groups`` a block spans all of them.
         num_heads: KV heads of a layer.
         head_dim: elements of one K head; also of a V head unless ``v_head_dim`` says otherwise.
         num_blocks: blocks of the pool. None: as many as ``memory_fraction`` of the device's free memory holds.
@@ -153,9 +210,12 @@ class KVCacheConfig:
         max_model_len: tokens of the longest request.
         v_head_dim: elements of one V head. None: ``head_dim``.
         memory_fraction: share of the device's free memory to take when ``num_blocks`` is None.
+        layer_groups: groups of layers that keep different tokens, each with a table of its own over the one pool; a
+            block spans ``layers_per_group`` layers of one group. Empty: one group of all layers that keeps all tokens.
 
     Raises:
-        ConfigError: a size that is not a positive integer, or more slots than an int32 can name.
+        ConfigError: a size that is not a positive integer, more slots than an int32 can name, or groups in which not
+            every layer is named once.
         DeviceUnavailableError: ``device`` is not there (looked up only when ``num_blocks`` is None).
     """
 
@@ -170,6 +230,7 @@ class KVCacheConfig:
     max_model_len: int = 4096
     v_head_dim: int | None = None
     memory_fraction: float = 0.9
+    layer_groups: tuple[LayerGroup, ...] = ()
 
     def __post_init__(self) -> None:
         device = DeviceType.default() if self.device is None else DeviceType(self.device)
@@ -184,12 +245,17 @@ class KVCacheConfig:
             raise ConfigError(f"KVCacheConfig.memory_fraction: got {self.memory_fraction!r}, want 0 < fraction <= 1")
         sizes = ("num_layers", "num_heads", "head_dim", "v_head_dim", "block_size", "max_num_reqs", "max_model_len")
         _require_positive(self, *sizes)
+        named = sorted(layer for group in self.groups for layer in group.layers)
+        if named != list(range(self.num_layers)):
+            raise ConfigError(
+                f"KVCacheConfig.layer_groups: got layers {named}, want each of 0 to {self.num_layers - 1} once"
+            )
         if self.num_blocks is None:
             object.__setattr__(self, "num_blocks", self._blocks_that_fit())
         _require_positive(self, "num_blocks")
         if self.num_slots > _MAX_INT32:
             raise ConfigError(
-                f"KVCacheConfig: num_layers * num_blocks * block_size = {self.num_slots} slots, "
+                f"KVCacheConfig: layers_per_group * num_blocks * block_size = {self.num_slots} slots, "
                 f"want at most {_MAX_INT32}"
             )
 
@@ -222,9 +288,19 @@ class KVCacheConfig:
         return self.v_head_dim
 
     @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """``layer_groups``, resolved."""
+        return self.layer_groups or (LayerGroup(tuple(range(self.num_layers))),)
+
+    @property
+    def layers_per_group(self) -> int:
+        """Layers whose K and V one block has room for: those of the largest group."""
+        return max(len(group.layers) for group in self.groups)
+
+    @property
     def num_slots(self) -> int:
-        """Slots of all layers together."""
-        return self.num_layers * self.pool_blocks * self.block_size
+        """Slots of all layers of a block's span together."""
+        return self.layers_per_group * self.pool_blocks * self.block_size
 
     @property
     def storage_dtype(self) -> Any:
@@ -241,8 +317,13 @@ class KVCacheConfig:
         return self.num_layers * self.num_heads * width * self.kv_dtype.itemsize
 
     def block_size_bytes(self) -> int:
-        """Bytes of one block over all layers, as stored."""
-        return self.block_size * self.kv_size_per_token()
+        """Bytes of one block over the layers it spans, as stored."""
+        return self.block_size * self.kv_size_per_token() // self.num_layers * self.layers_per_group
+
+    def padding_bytes(self, group: int) -> int:
+        """Bytes of a block of this group that no layer uses."""
+        unused = self.layers_per_group - len(self.groups[group].layers)
+        return self.block_size * self.kv_size_per_token() // self.num_layers * unused
 
     def table_config(self, max_num_batched_tokens: int = 8192) -> BlockTableConfig:
         """The table that goes with this cache."""

@@ -18,6 +18,8 @@ import jax
 class AttentionMetadata:
     """Where a step's tokens stand, for a batch of R rows and T tokens. Made once a step, read by every layer.
 
+    A cache of several layer groups has a leading axis of G groups on ``block_tables`` and ``slot_mapping``.
+
     Attributes:
         block_tables: i32[R, W], padding -1. Block ids within a layer, not yet page ids.
         kv_lens: i32[R], tokens of each row after this step; 0 for rows that take no part.
@@ -37,6 +39,20 @@ class AttentionMetadata:
     ok: jax.Array
     max_query_len: int | None = None
     max_kv_len: int | None = None
+
+    def cut(self, num_rows: int, num_tokens: int) -> Self:
+        """The first rows and tokens of a step that was padded to more."""
+        decode = self.query_start_loc is None
+        return dataclasses.replace(
+            self,
+            block_tables=self.block_tables[..., :num_rows, :],
+            kv_lens=self.kv_lens[:num_rows],
+            query_start_loc=None if self.query_start_loc is None else self.query_start_loc[: num_rows + 1],
+            slot_mapping=self.slot_mapping[..., :num_tokens],
+            positions=self.positions[:num_tokens],
+            ok=self.ok[:num_rows],
+            max_query_len=1 if decode else num_tokens,
+        )
 
 
 class LayerCache(Protocol):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from pallas_kernels import paged_attention, paged_copy, paged_gather, paged_write
@@ -23,13 +25,14 @@ from pyagent_kv_jax.errors import ShapeMismatchError
 )
 @dataclasses.dataclass(frozen=True)
 class KVPages:
-    """K and V of every layer of a group, in flat pages.
+    """K and V of every layer, in flat pages.
 
     Block ``b`` of layer ``l`` is page ``l * num_blocks + b``: no kernel is ever handed a slice of a layer, which
-    XLA would copy. Inside a scan over layers the pages are the carry.
+    XLA would copy. Inside a scan over layers the pages are the carry. With several layer groups, a block belongs to one
+    group at a time, and ``l`` is the layer's place in its group.
 
     Attributes:
-        k_pages: [num_layers * num_blocks, num_heads, block_size, head_dim], of ``config.storage_dtype``.
+        k_pages: [layers_per_group * num_blocks, num_heads, block_size, head_dim], of ``config.storage_dtype``.
         v_pages: the same with the V head_dim.
         k_scale: f32[num_layers, num_heads], stored K times this is K; None unless the dtype is quantised.
         v_scale: the same for V.
@@ -76,7 +79,7 @@ class KVPages:
         self._check_tokens(k, v, slot_mapping)
         config = self.config
         slots_per_layer = config.pool_blocks * config.block_size
-        slots = jnp.where(slot_mapping < 0, -1, slot_mapping + jnp.int32(layer) * slots_per_layer)
+        slots = jnp.where(slot_mapping < 0, -1, slot_mapping + self._span_index(layer) * slots_per_layer)
         k_pages, v_pages = paged_write(
             self.k_pages,
             self.v_pages,
@@ -127,13 +130,16 @@ class KVPages:
             raise ShapeMismatchError(
                 f"q: got shape {q.shape}, want [tokens, a multiple of {config.num_heads} heads, {config.head_dim}]"
             )
-        pages = self.write(layer, k, v, meta.slot_mapping)
-        tables = meta.block_tables
+        tables, slot_mapping = meta.block_tables, meta.slot_mapping
+        if len(config.groups) > 1:
+            group = _per_layer(config, lambda group, _: group)[layer]
+            tables, slot_mapping = tables[group], slot_mapping[group]
+        pages = self.write(layer, k, v, slot_mapping)
         out = paged_attention(
             q,
             pages.k_pages,
             pages.v_pages,
-            jnp.where(tables < 0, -1, tables + jnp.int32(layer) * config.pool_blocks),
+            jnp.where(tables < 0, -1, tables + self._span_index(layer) * config.pool_blocks),
             meta.kv_lens,
             meta.query_start_loc,
             scale=scale,
@@ -163,7 +169,7 @@ class KVPages:
         return dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
 
     def gather_blocks(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """K and V of blocks ``ids`` i32[n] over all layers, each [num_layers, n, num_heads, block_size, head_dim].
+        """K and V of blocks ``ids`` i32[n] over the layers it spans, each [layers_per_group, n, num_heads, block_size, head_dim].
 
         As stored (raw bits for fp8); zeros for id -1.
         """
@@ -175,8 +181,8 @@ class KVPages:
         return k.reshape(*pages.shape, *k.shape[1:]), v.reshape(*pages.shape, *v.shape[1:])
 
     def pages_of(self, ids: jax.Array) -> jax.Array:
-        """Page ids i32[num_layers, n] of blocks ``ids`` i32[n]; -1 stays -1."""
-        first = jnp.arange(self.config.num_layers, dtype=jnp.int32)[:, None] * self.config.pool_blocks
+        """Page ids i32[layers_per_group, n] of blocks ``ids`` i32[n]; -1 stays -1."""
+        first = jnp.arange(self.config.layers_per_group, dtype=jnp.int32)[:, None] * self.config.pool_blocks
         return jnp.where(ids < 0, -1, ids + first)
 
     def with_scales(self, k_scale: jax.Array, v_scale: jax.Array) -> Self:
@@ -206,6 +212,10 @@ class KVPages:
         # Under jit, where pages are is not known, and a process with a GPU may keep some pages on the host.
         return "xla" if self.config.device_type is DeviceType.CPU else None
 
+    def _span_index(self, layer: ArrayLike) -> Any:
+        """i32[]: which of the layers that a block spans ``layer`` is."""
+        return _per_layer(self.config, lambda _, index: index)[layer] if self.config.layer_groups else jnp.int32(layer)
+
     def _check_tokens(self, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> None:
         config = self.config
         tokens = jnp.shape(slot_mapping)[0] if jnp.ndim(slot_mapping) == 1 else None
@@ -220,10 +230,19 @@ class KVPages:
 
 def page_shapes(config: KVCacheConfig) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """Shapes of the K and V page arrays, head_dim as stored."""
-    pages = config.num_layers * config.pool_blocks
+    pages = config.layers_per_group * config.pool_blocks
     k_dim, v_dim = config.storage_head_dim(config.head_dim), config.storage_head_dim(config.value_head_dim)
     head = (pages, config.num_heads, config.block_size)
     return (*head, k_dim), (*head, v_dim)
+
+
+def _per_layer(config: KVCacheConfig, value: Callable[[int, int], int]) -> jax.Array:
+    """i32[num_layers]: ``value(group, index in the group)`` of each layer."""
+    values = np.zeros(config.num_layers, np.int32)
+    for group, members in enumerate(config.groups):
+        for index, layer in enumerate(members.layers):
+            values[layer] = value(group, index)
+    return jnp.asarray(values)
 
 
 def _of_layer(scales: jax.Array | None, layer: ArrayLike) -> Any:

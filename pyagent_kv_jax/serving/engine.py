@@ -206,7 +206,10 @@ class Engine:
         return chosen.tolist(), margins
 
     def _dispatch(self, tokens: np.ndarray, meta: AttentionMetadata, sampling: SamplingArrays) -> StepOutput:
-        meta = self._cut(meta, num_rows=len(sampling.seed), num_tokens=len(tokens))
+        # Hints that depend on the shape alone, for they are static.
+        meta = dataclasses.replace(
+            meta.cut(num_rows=len(sampling.seed), num_tokens=len(tokens)), max_kv_len=self.backend.config.max_model_len
+        )
         logits_at = None if meta.query_start_loc is None else np.asarray(meta.query_start_loc[1:] - 1, np.int32)
         before = self._step.num_traces
         self.backend.pages, output = self._step.run(
@@ -214,19 +217,6 @@ class Engine:
         )
         self.num_compilations += self._step.num_traces - before
         return output
-
-    def _cut(self, meta: AttentionMetadata, num_rows: int, num_tokens: int) -> AttentionMetadata:
-        """The first rows and tokens of a step, with hints that depend on the shape alone, for they are static."""
-        return dataclasses.replace(
-            meta,
-            block_tables=meta.block_tables[:num_rows],
-            kv_lens=meta.kv_lens[:num_rows],
-            slot_mapping=meta.slot_mapping[:num_tokens],
-            positions=meta.positions[:num_tokens],
-            ok=meta.ok[:num_rows],
-            max_query_len=1 if meta.query_start_loc is None else num_tokens,
-            max_kv_len=self.backend.config.max_model_len,
-        )
 
     # -- before and after --------------------------------------------------------------------------------------
 
