@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from pallas_kernels import paged_attention, paged_copy, paged_gather, paged_write
+from pallas_kernels.page_ids import nowhere_if_invalid, report_out_of_range
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
 from pyagent_kv_jax.errors import ShapeMismatchError
@@ -166,6 +167,19 @@ class KVPages:
         k_pages, v_pages = paged_copy(
             (self.k_pages, self.v_pages), src_pages.ravel(), dst_pages.ravel(), implementation=self._implementation
         )
+        return dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
+
+    def clear_blocks(self, ids: jax.Array) -> Self:
+        """Zeros in every layer of blocks ``ids`` i32[n]; -1 is padding. In place where the ``jit`` around donates.
+
+        So that a block changes hands with nothing of its last holder in it. An id outside the pool is a ``checkify``
+        error; outside checking mode it is ignored.
+        """
+        report_out_of_range("ids", ids, self.config.pool_blocks)
+        num_pages = self.k_pages.shape[0]
+        inside = jnp.where(ids < self.config.pool_blocks, ids, -1)  # else it would name a block of the next layer
+        pages = nowhere_if_invalid(self.pages_of(inside).ravel(), num_pages)
+        k_pages, v_pages = (stored.at[pages].set(0, mode="drop") for stored in (self.k_pages, self.v_pages))
         return dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
 
     def gather_blocks(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
