@@ -1,4 +1,4 @@
-"""Llama-family models in Flax NNX over a paged cache, and their Hugging Face directories."""
+"""Llama, Qwen and Gemma 3 in Flax NNX over a paged cache, and their Hugging Face directories."""
 
 from pyagent_kv_jax.models.config import LlamaConfig
 from pyagent_kv_jax.models.hf_config import config_from_hf, config_to_hf

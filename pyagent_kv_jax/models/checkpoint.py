@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,38 @@ def read_json(path: Path) -> dict[str, Any]:
 class Checkpoint:
     """Tensors by name, over one file or several; nothing is read before it is asked for."""
 
-    def __init__(self, shard_of: Mapping[str, Any]) -> None:
-        self._shard_of = shard_of
+    def __init__(self, places: Mapping[str, tuple[Any, str]]) -> None:
+        """``places``: for each tensor its shard, and its name there."""
+        self._places = places
+
+    def renamed(self, rule: Callable[[str], str | None]) -> Checkpoint:
+        """The same tensors under the names that ``rule`` gives them, without those to which it gives None.
+
+        Raises:
+            ModelLoadError: two tensors of one name.
+        """
+        places: dict[str, tuple[Any, str]] = {}
+        for stored in sorted(self._places):
+            name = rule(stored)
+            if name in places:
+                raise ModelLoadError(f"checkpoint: got tensors {places[name][1]} and {stored}, want one {name}")
+            if name is not None:
+                places[name] = self._places[stored]
+        return Checkpoint(places)
 
     def names(self) -> set[str]:
         """Every tensor in the files."""
-        return set(self._shard_of)
+        return set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape, from the file's header."""
-        return tuple(self._shard_of[name].get_slice(name).get_shape())
+        shard, stored = self._places[name]
+        return tuple(shard.get_slice(stored).get_shape())
 
     def read(self, name: str) -> np.ndarray:
         """Its values, in the type they are stored in."""
-        return self._shard_of[name].get_tensor(name)
+        shard, stored = self._places[name]
+        return shard.get_tensor(stored)
 
 
 @contextlib.contextmanager
@@ -65,12 +83,12 @@ def open_checkpoint(directory: Path) -> Iterator[Checkpoint]:
     files, promised = _files(directory)
     with contextlib.ExitStack() as stack:
         shards = {name: _open_shard(stack, directory / name) for name in files}
-        shard_of = {tensor: shard for shard in shards.values() for tensor in shard.keys()}  # noqa: SIM118
-        missing = sorted(set(promised) - set(shard_of))
+        places = {tensor: (shard, tensor) for shard in shards.values() for tensor in shard.keys()}  # noqa: SIM118
+        missing = sorted(set(promised) - set(places))
         if missing:
             wanted = {promised[name] for name in missing}
             raise ModelLoadError(f"{directory / INDEX_FILE}: got no {_some(missing)}, want them in {_some(wanted)}")
-        yield Checkpoint(shard_of)
+        yield Checkpoint(places)
 
 
 def _files(directory: Path) -> tuple[list[str], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The parts of a Llama-family decoder layer. ``T`` is the tokens of a ragged batch, one after another."""
+"""The parts of a decoder layer, Llama's or Gemma's. ``T`` is the tokens of a ragged batch, one after another."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ RotaryTable = tuple[jax.Array, jax.Array]
 
 
 class RMSNorm(nnx.Module):
-    """Divide the last axis by its root mean square, in float32; then a weight for each element."""
+    """Divide the last axis by its root mean square, in float32; then a weight for each element.
 
-    def __init__(self, size: int, eps: float, dtype: Any) -> None:
-        self.eps = eps
-        self.weight = nnx.Param(jnp.ones((size,), dtype))
+    Llama rounds to the dtype of ``x`` before the weight. Gemma multiplies by one plus the weight and rounds after.
+    """
+
+    def __init__(self, size: int, config: LlamaConfig, dtype: Any) -> None:
+        self.eps, self.plus_one = config.rms_norm_eps, config.norm_plus_one
+        self.weight = nnx.Param((jnp.zeros if self.plus_one else jnp.ones)((size,), dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        if self.plus_one:
+            return (wide * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
         return wide.astype(x.dtype) * self.weight[...]
 
 
@@ -36,14 +41,14 @@ class Attention(nnx.Module):
     """Grouped-query attention; what was said before, and how it is stored, is the cache's business."""
 
     def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.head_dim = config.head_dim
+        self.head_dim, self.scale, self.soft_cap = config.head_dim, config.attention_scale, config.attn_logit_soft_cap
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = _linear(config.hidden_size, q_size, config.qkv_bias, dtype, rngs)
         self.k_proj = _linear(config.hidden_size, kv_size, config.qkv_bias, dtype, rngs)
         self.v_proj = _linear(config.hidden_size, kv_size, config.qkv_bias, dtype, rngs)
         self.o_proj = _linear(q_size, config.hidden_size, config.o_bias, dtype, rngs)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype) if config.qk_norm else None
+        self.q_norm = RMSNorm(config.head_dim, config, dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config, dtype) if config.qk_norm else None
 
     def __call__(
         self,
@@ -61,31 +66,44 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotary), rotate(k, rotary)
-        out, cache = cache.attend(layer, q, k, v, meta, sliding_window=sliding_window)
+        out, cache = cache.attend(
+            layer, q, k, v, meta, scale=self.scale, sliding_window=sliding_window, logits_soft_cap=self.soft_cap
+        )
         return self.o_proj(out.reshape(x.shape[0], -1).astype(x.dtype)), cache
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer): ``down(silu(gate(x)) * up(x))``."""
+    """SwiGLU or GeGLU (Shazeer): ``down(activation(gate(x)) * up(x))``."""
 
     def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.activation = config.activation
         self.gate_proj = _linear(hidden, inner, bias, dtype, rngs)
         self.up_proj = _linear(hidden, inner, bias, dtype, rngs)
         self.down_proj = _linear(inner, hidden, bias, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        gate = nnx.silu(gate) if self.activation == "silu" else nnx.gelu(gate, approximate=True)
+        return self.down_proj(gate * self.up_proj(x))
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each normalised on the way in and added to the residual stream ``x`` [T, hidden]."""
+    """Attention and MLP, each normalised on the way in and added to the residual stream ``x`` [T, hidden].
+
+    With ``post_norms`` each is normalised on the way out too. The names are Hugging Face's, where
+    ``post_attention_layernorm`` is Llama's norm before the MLP, and Gemma's of what attention gives.
+    """
 
     def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_norms = config.post_norms
+        self.input_layernorm = RMSNorm(config.hidden_size, config, dtype)
         self.self_attn = Attention(config, dtype, rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, dtype)
         self.mlp = MLP(config, dtype, rngs)
+        if config.post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config, dtype)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, dtype)
 
     def __call__(
         self,
@@ -97,5 +115,8 @@ class DecoderLayer(nnx.Module):
         sliding_window: Any,
     ) -> tuple[jax.Array, LayerCache]:
         attended, cache = self.self_attn(self.input_layernorm(x), cache, layer, rotary, meta, sliding_window)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        if not self.post_norms:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x)), cache
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), cache

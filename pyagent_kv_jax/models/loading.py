@@ -27,6 +27,7 @@ from pyagent_kv_jax.models.checkpoint import (
 )
 from pyagent_kv_jax.models.config import LlamaConfig
 from pyagent_kv_jax.models.hf_config import config_from_hf, config_to_hf, token_ids
+from pyagent_kv_jax.models.hf_gemma3 import has_vision_tower, text_tensor_name
 from pyagent_kv_jax.models.llama import LlamaForCausalLM
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -55,6 +56,9 @@ def load_model(
     Names and shapes of all tensors are checked before the first is read. Each tensor goes straight to its
     place in the stacked layout: besides the model itself, the host holds one stacked parameter at a time.
 
+    Of a Gemma 3 with a vision tower (``model_type`` "gemma3") the text part is loaded; the tensors of the tower and
+    of its projection are left unread on purpose. Any other tensor that nobody would read is an error.
+
     Args:
         directory: as ``huggingface_hub`` or ``save_pretrained`` leave it.
         dtype: of the parameters in memory. None: float32 on CPUs, bfloat16 elsewhere.
@@ -71,6 +75,8 @@ def load_model(
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, abstract = nnx.split(model)
     with open_checkpoint(path) as checkpoint:
+        if has_vision_tower(read_json(path / "config.json")):
+            checkpoint = checkpoint.renamed(text_tensor_name)
         loaded = _read_all(checkpoint, abstract, config, device)
     return nnx.merge(graph, loaded), config
 
@@ -91,7 +97,12 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def save_model(model: LlamaForCausalLM, directory: str | os.PathLike[str]) -> None:
-    """Write ``config.json`` and ``model.safetensors``, as ``load_model`` and transformers read them."""
+    """Write ``config.json`` and ``model.safetensors``, as ``load_model`` and transformers read them.
+
+    Raises:
+        ConfigError: a config that the architecture's ``config.json`` cannot express; nothing is written.
+    """
+    raw = config_to_hf(model.config)
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
@@ -100,7 +111,7 @@ def save_model(model: LlamaForCausalLM, directory: str | os.PathLike[str]) -> No
         tensors |= {name: np.ascontiguousarray(view) for name, view in views}
     save_file(tensors, path / SINGLE_FILE, metadata={"format": "pt"})  # transformers refuses files without it
     dtype = {"torch_dtype": str(next(iter(tensors.values())).dtype)}
-    (path / "config.json").write_text(json.dumps({**config_to_hf(model.config), **dtype}, indent=2) + "\n")
+    (path / "config.json").write_text(json.dumps({**raw, **dtype}, indent=2) + "\n")
 
 
 def _existing(directory: str | os.PathLike[str]) -> Path:

@@ -25,7 +25,11 @@ class PromptAttention:
         if sliding_window is not None:
             seen &= distance < sliding_window
         k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
-        scores = jnp.einsum("qhd,khd->hqk", q, k, precision="highest") / q.shape[-1] ** 0.5
+        scores = jnp.einsum("qhd,khd->hqk", q, k, precision="highest") * (
+            q.shape[-1] ** -0.5 if scale is None else scale
+        )
+        if logits_soft_cap is not None:
+            scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
         v = jnp.where(jnp.isnan(v), 0, v)  # padding may be NaN, and 0 * NaN is NaN
         return jnp.einsum("hqk,khd->qhd", weights, v, precision="highest"), self

@@ -38,11 +38,17 @@ def golden(name):
 
 def test_every_family_has_a_golden_model():
     configs = [load_model(GOLDEN / name, dtype=jnp.float32)[1] for name in NAMES]
-    assert {c.architecture for c in configs} == {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+    families = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM"}
+    assert {c.architecture for c in configs} == families
     assert {c.rope.kind for c in configs} == {"default", "linear", "llama3"}
     assert {c.tie_word_embeddings for c in configs} == {True, False}
     assert any(c.mlp_bias for c in configs)
     assert any(c.layer_windows for c in configs)
+    gemma3 = [c for c in configs if c.local_rope]
+    assert {c.local_rope != c.rope for c in gemma3} == {True}
+    assert {(c.tie_word_embeddings, c.o_bias) for c in gemma3} == {(True, False), (False, True)}
+    assert {c.attn_logit_soft_cap for c in gemma3} == {None, 3.0}
+    assert {c.final_logit_soft_cap for c in gemma3} == {None, 4.0}
     assert any((GOLDEN / name / "model.safetensors.index.json").exists() for name in NAMES)
 
 
