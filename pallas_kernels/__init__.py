@@ -2,9 +2,10 @@
 
 Useful alone: nothing here knows of block pools, tables as objects, or models. Pages are flat, one array for K
 and one for V: ``[pages, kv_heads, block_size, head_dim]``; block b of layer l is page ``l * num_blocks + b``.
-Padding is -1.
+Padding is -1. Other ids out of range touch nothing outside the pool; in ``checking()`` they are ``checkify`` errors.
 """
 
+from pallas_kernels.checking import checking
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.errors import ArgumentError
 from pallas_kernels.merge_attention_states import merge_attention_states
@@ -24,6 +25,7 @@ from pallas_kernels.paged_write import paged_write
 __all__ = [
     "IMPLEMENTATIONS",
     "ArgumentError",
+    "checking",
     "from_heads_first",
     "from_interleaved",
     "from_nhd",

@@ -1,7 +1,6 @@
 """What an id outside the pool means: an error in checking mode, nowhere at all outside it.
 
--1 is padding and never an error. Any other id outside the pool is reported by ``checkify`` when the caller
-has functionalised the program (``checkify.checkify``); plain ``jit`` compiles the check away. Indices are
+-1 is padding and never an error. Any other id outside the pool is reported in checking mode. Indices are
 always [page, head, offset], never flattened to elements: those pass 2**31 in a pool of a few GiB.
 """
 
@@ -9,12 +8,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
+
+from pallas_kernels.checking import check
 
 
 def report_out_of_range(name: str, ids: jax.Array, size: int) -> None:
-    """Under ``checkify``, an error unless each id is -1 or in [0, size)."""
-    checkify.debug_check(
+    """In checking mode, an error unless each id is -1 or in [0, size)."""
+    check(
         jnp.all((ids >= -1) & (ids < size)),
         f"{name}: got ids from {{low}} to {{high}}, want -1 or 0 to {size - 1}",
         low=jnp.min(ids, initial=0),

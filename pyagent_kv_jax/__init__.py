@@ -8,6 +8,7 @@ Which tier do I want?
 - prompts in, tokens out: ``pyagent_kv_jax.serving.generate``
 """
 
+from pallas_kernels import checking
 from pyagent_kv_jax.cache import AttentionMetadata, KVPages, LayerCache, PagedKVCache
 from pyagent_kv_jax.config import BlockTableConfig, DeviceType, DType, KVCacheConfig, free_memory_bytes
 from pyagent_kv_jax.errors import (
@@ -59,6 +60,7 @@ __all__ = [
     "StepPlan",
     "TooManyRequestsError",
     "UnknownRequestError",
+    "checking",
     "create_kv_cache_manager",
     "free_memory_bytes",
 ]

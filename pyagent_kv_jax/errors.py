@@ -9,8 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 from jax.typing import ArrayLike
+
+from pallas_kernels.checking import check
 
 
 class KVCacheError(Exception):
@@ -80,10 +81,10 @@ def is_concrete(*values: object) -> bool:
 def require(ok: ArrayLike, error: type[KVCacheError], message: str) -> None:
     """Raise ``error(message)`` when a concrete ``ok`` is false anywhere.
 
-    Under a transformation, where nothing can raise, this becomes ``checkify.debug_check``: dropped by plain ``jit``
-    (the refused operation changes nothing), an error under ``checkify.checkify``.
+    Under a transformation nothing can raise, and the refused operation changes nothing; in ``checking()`` it is an
+    error that ``checkify`` reports.
     """
     if isinstance(ok, jax.core.Tracer):
-        checkify.debug_check(jnp.all(ok), f"{error.__name__}: {message}")
+        check(jnp.all(ok), f"{error.__name__}: {message}")
     elif not np.all(np.asarray(ok)):
         raise error(message)

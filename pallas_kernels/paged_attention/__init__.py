@@ -98,8 +98,8 @@ def paged_attention(
         natural log. Padding rows, and queries that see nothing, give 0 and -inf (the sink, if there is one
         and position >= 0).
 
-        A page id outside the pool, a kv_len past the table, or a falling query_start_loc is a ``checkify``
-        error; outside checking mode such a page is as -1.
+        A page id outside the pool is as -1. In ``checking()`` it is a ``checkify`` error, as are a kv_len past the
+        table and a falling query_start_loc.
 
     Raises:
         ArgumentError: shapes, dtypes or sizes that do not fit.

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import checkify
 
+from pallas_kernels.checking import check
 from pallas_kernels.number_format import decode, per_head
 from pallas_kernels.page_ids import report_out_of_range
 from pallas_kernels.paged_attention.context_parallel import ContextParallel
@@ -95,13 +95,13 @@ def paged_attention(
 
 
 def report_lengths(kv_lens: jax.Array, query_start_loc: jax.Array | None, tokens: int) -> None:
-    """Under ``checkify``, an error unless lengths are no less than 0 and queries lie in order within the tokens."""
-    checkify.debug_check(jnp.all(kv_lens >= 0), "kv_lens: got a negative length, want 0 or more")
+    """In checking mode, an error unless lengths are no less than 0 and queries lie in order within the tokens."""
+    check(jnp.all(kv_lens >= 0), "kv_lens: got a negative length, want 0 or more")
     if query_start_loc is not None:
         rises = jnp.all(query_start_loc[1:] >= query_start_loc[:-1])
         inside = (query_start_loc[0] == 0) & (query_start_loc[-1] <= tokens)
         message = f"query_start_loc: got {{loc}}, want a sequence that never falls, from 0 to {tokens} at most"
-        checkify.debug_check(rises & inside, message, loc=query_start_loc)
+        check(rises & inside, message, loc=query_start_loc)
 
 
 class _Attention(NamedTuple):

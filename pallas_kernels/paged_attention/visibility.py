@@ -12,7 +12,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
+
+from pallas_kernels.checking import check
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["sliding_window", "chunk_size"], meta_fields=["causal"])
@@ -31,11 +32,11 @@ class Visibility:
     chunk_size: jax.Array | None
 
     def report(self) -> None:
-        """Under ``checkify``, an error unless the window and the chunk hold at least one position."""
+        """In checking mode, an error unless the window and the chunk hold at least one position."""
         for name, size in (("sliding_window", self.sliding_window), ("chunk_size", self.chunk_size)):
             if size is not None:
                 message = f"{name}: got {{size}}, want at least 1"
-                checkify.debug_check(jnp.asarray(size) >= 1, message, size=jnp.asarray(size))
+                check(jnp.asarray(size) >= 1, message, size=jnp.asarray(size))
 
     def interval(self, position: jax.Array, kv_len: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First and one past the last position seen from ``position`` i32[...]; a negative one sees none."""

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import checkify
 
+from pallas_kernels.checking import check
 from pallas_kernels.paged_attention.context_parallel import ContextParallel
 
 
@@ -125,12 +125,12 @@ class Tables:
         return cls(blocks, block_positions, block_tables.shape[1], step, block_size, context)
 
     def report(self, kv_lens: jax.Array) -> None:
-        """Under ``checkify``, an error unless every sequence fits its row of the table."""
+        """In checking mode, an error unless every sequence fits its row of the table."""
         if self.positions is None:
             most = self.width * self.block_size * self.context.size
             message = f"kv_lens: got up to {{longest}}, want at most the {most} tokens of a row of block_tables"
             longest = jnp.max(kv_lens, initial=0)
-            checkify.debug_check(longest <= most, message, longest=longest)
+            check(longest <= most, message, longest=longest)
 
     def needed_columns(self, sequence: jax.Array, start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First and one past the last column of ``sequence`` in [start, end); equal if none is."""

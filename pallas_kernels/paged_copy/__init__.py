@@ -36,8 +36,8 @@ def paged_copy(pages: Pages, src: jax.Array, dst: jax.Array, *, implementation: 
         implementation: a form, a sequence of forms to try in turn, or None for the best possible here.
 
     Returns:
-        The pages after the copy, of the same structure. An id outside the pool is a ``checkify`` error;
-        outside checking mode its pair is ignored.
+        The pages after the copy, of the same structure. The pair of an id outside the pool is
+        ignored; in ``checking()`` it is a ``checkify`` error.
 
     Raises:
         ArgumentError: shapes or dtypes that do not fit.

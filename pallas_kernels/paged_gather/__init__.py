@@ -26,8 +26,8 @@ def paged_gather(pages: jax.Array, ids: jax.Array, *, implementation: Implementa
         implementation: a form, a sequence of forms to try in turn, or None for the best possible here.
 
     Returns:
-        [n, kv_heads, block_size, head_dim]; zeros for -1. An id outside the pool is a ``checkify`` error;
-        outside checking mode it gives zeros too.
+        [n, kv_heads, block_size, head_dim]; zeros for -1. An id outside the pool gives zeros too; in
+        ``checking()`` it is a ``checkify`` error.
 
     Raises:
         ArgumentError: shapes or dtypes that do not fit.

@@ -61,8 +61,8 @@ def paged_write(
         implementation: a form, a sequence of forms to try in turn, or None for the best possible here.
 
     Returns:
-        (k_pages, v_pages) after the write. A slot outside the pool is a ``checkify`` error; outside checking
-        mode it is dropped.
+        (k_pages, v_pages) after the write. A slot outside the pool is dropped; in ``checking()`` it is a
+        ``checkify`` error.
 
     Raises:
         ArgumentError: shapes or dtypes that do not fit.

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import checkify
 
+from pallas_kernels.checking import check
 from pallas_kernels.number_format import quantize
 from pallas_kernels.page_ids import nowhere_if_invalid, report_out_of_range
 
@@ -63,12 +63,12 @@ def expand_runs(runs: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
 
 
 def report_run_errors(first_token: jax.Array, length: jax.Array, capacity: int) -> None:
-    """Under ``checkify``, an error unless every run stays within the tokens, all together too."""
+    """In checking mode, an error unless every run stays within the tokens, all together too."""
     inside = jnp.all((first_token >= 0) & (first_token + length <= capacity))
-    checkify.debug_check(inside, f"slot_mapping: got a run outside the {capacity} tokens, want it within")
+    check(inside, f"slot_mapping: got a run outside the {capacity} tokens, want it within")
     total = jnp.sum(length)
     message = f"slot_mapping: got runs of {{total}} tokens together, want {capacity} at most"
-    checkify.debug_check(total <= capacity, message, total=total)
+    check(total <= capacity, message, total=total)
 
 
 def scatter_tokens(pages: jax.Array, page: jax.Array, offset: jax.Array, rows: jax.Array) -> jax.Array:

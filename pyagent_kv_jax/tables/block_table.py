@@ -38,7 +38,7 @@ class BlockTable:
     """R rows of up to W blocks. Immutable: each change returns a new table and leaves this one as it was.
 
     Called with plain values, a method raises when an argument is wrong. Traced, where nothing can raise, the wrong
-    argument changes nothing (reads give -1 or 0), and ``checkify`` reports it.
+    argument changes nothing (reads give -1 or 0), and ``checkify`` reports it in ``checking()``.
 
     Attributes:
         blocks: i32[R, W], block ids; -1 past a row's last block.

@@ -9,7 +9,6 @@ import chex
 import jax
 import numpy as np
 import pytest
-from jax.experimental import checkify
 from numpy.typing import NDArray
 
 from pallas_kernels import paged_copy, paged_gather
@@ -53,16 +52,3 @@ def test_gather(case: GatherCase, implementation: str) -> None:
     gathered = paged_gather(pages, ids, implementation=implementation)
     assert gathered.dtype == pages.dtype
     chex.assert_trees_all_equal(bits(gathered), numpy_reference.paged_gather(bits(pages), ids))
-
-
-@pytest.mark.parametrize("bad", [NUM_PAGES, -2, 2**31 - 1])
-def test_checking_mode_reports(bad: int) -> None:
-    pages, good = np.ones((NUM_PAGES, 1, 2, 4), np.float32), np.array([-1, 0, 8], np.int32)
-    wrong = np.array([-1, bad, 8], np.int32)
-    gather = checkify.checkify(jax.jit(paged_gather), errors=checkify.user_checks)
-    copy = checkify.checkify(jax.jit(paged_copy), errors=checkify.user_checks)
-    assert gather(pages, good)[0].get() is None
-    assert copy(pages, good, good)[0].get() is None
-    assert "ids" in gather(pages, wrong)[0].get()
-    assert "src" in copy(pages, wrong, good)[0].get()
-    assert "dst" in copy(pages, good, wrong)[0].get()

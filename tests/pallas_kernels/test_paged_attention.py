@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from pallas_kernels import merge_attention_states, paged_attention
+from pallas_kernels import checking, merge_attention_states, paged_attention
 from pallas_kernels.paged_attention import reference
 from tests.pallas_kernels.attention_cases import CASES, AttentionCase
 from tests.pallas_kernels.attention_inputs import make_inputs
@@ -163,9 +163,10 @@ def test_checking_mode_reports(change: dict[str, Any], message: str) -> None:
         return paged_attention(**arguments, **static)
 
     checked = checkify.checkify(attend, errors=checkify.user_checks)
-    error, _ = checked(arguments)
-    assert error.get() is None
-    error, _ = checked({**arguments, **change})
+    with checking():
+        error, _ = checked(arguments)
+        assert error.get() is None
+        error, _ = checked({**arguments, **change})
     assert message in error.get()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from pallas_kernels import paged_write
+from pallas_kernels import checking, paged_write
 from pallas_kernels.paged_write import reference
 from tests.pallas_kernels.implementations import IMPLEMENTATIONS
 from tests.pallas_kernels.stored_numbers import bits
@@ -64,9 +64,10 @@ def test_checking_mode_reports(slot_mapping: np.ndarray, message: str) -> None:
     checked = checkify.checkify(jax.jit(paged_write), errors=checkify.user_checks)
     arguments = make_inputs(CASE["random-slots"]).arguments
     arguments.pop("kv_dtype")
-    error, _ = checked(**arguments)
-    assert error.get() is None
-    error, _ = checked(**{**arguments, "slot_mapping": slot_mapping})
+    with checking():
+        error, _ = checked(**arguments)
+        assert error.get() is None
+        error, _ = checked(**{**arguments, "slot_mapping": slot_mapping})
     assert message in error.get()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from pyagent_kv_jax import tables
+from pyagent_kv_jax import checking, tables
 from pyagent_kv_jax.config import BlockTableConfig
 from pyagent_kv_jax.errors import (
     InvalidArgumentError,
@@ -109,14 +109,15 @@ def test_traced_as_eagerly_and_bad_input_changes_nothing(table, name):
 
 
 @pytest.mark.parametrize("name", TRACED)
-def test_bad_input_is_an_error_under_checkify(table, name):
+def test_bad_input_is_an_error_in_checking_mode(table, name):
     method, right, wrong = TRACED[name]
     checked = jax.jit(checkify.checkify(method))
-    for row in right:
-        checked(table, row)[0].throw()
-    for row in wrong:
-        with pytest.raises(checkify.JaxRuntimeError, match="Error: "):
+    with checking():
+        for row in right:
             checked(table, row)[0].throw()
+        for row in wrong:
+            with pytest.raises(checkify.JaxRuntimeError, match="Error: "):
+                checked(table, row)[0].throw()
 
 
 def test_traced_reads_of_what_is_not_there(table):
