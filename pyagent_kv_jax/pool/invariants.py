@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 
-from pyagent_kv_jax.errors import InvalidBlockError, is_concrete, require
+from pyagent_kv_jax.errors import InvalidBlockError, is_concrete
 from pyagent_kv_jax.pool.block_pool import BlockPool
 from pyagent_kv_jax.pool.queues import Counters
 from pyagent_kv_jax.tables import BlockTable
@@ -16,7 +17,7 @@ def check_invariants(pool: BlockPool, table: BlockTable | None = None) -> None:
     """Raise when ``pool``, or ``pool`` and ``table`` together, contradict themselves.
 
     With plain values: one error that lists everything broken, with the first blocks (or rows) concerned. Traced: one
-    ``checkify.debug_check`` for each invariant.
+    ``checkify.debug_check`` for each invariant, in ``checking()`` or not: this is here to check.
 
     Raises:
         InvalidBlockError: something is broken.
@@ -24,7 +25,7 @@ def check_invariants(pool: BlockPool, table: BlockTable | None = None) -> None:
     broken = broken_invariants(pool, table) if is_concrete(pool, table) else _broken(pool, table)
     if not is_concrete(broken):
         for what, where in broken.items():
-            require(~jnp.any(where), InvalidBlockError, what)
+            checkify.debug_check(~jnp.any(where), f"{InvalidBlockError.__name__}: {what}")
         return
     found = {what: np.flatnonzero(np.asarray(where)) for what, where in broken.items()}
     lines = [f"{what}: {len(at)} times, first at {at[:5].tolist()}" for what, at in found.items() if len(at)]
