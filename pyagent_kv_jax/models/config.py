@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pyagent_kv_jax import config as cache_config
 from pyagent_kv_jax.config import KVCacheConfig
+from pyagent_kv_jax.errors import ConfigError
 from pyagent_kv_jax.models.rope import RopeConfig
+
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,9 @@ class LlamaConfig:
         architecture: the Hugging Face class name, for ``save_model``.
         bos_token_id: token that starts a text, if any.
         eos_token_ids: tokens that end one.
+
+    Raises:
+        ConfigError: windows for another number of layers, or an unknown activation.
     """
 
     vocab_size: int
@@ -63,7 +69,7 @@ class LlamaConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     layer_windows: tuple[int | None, ...] = ()
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
     norm_plus_one: bool = False
     post_norms: bool = False
     scale_embeddings: bool = False
@@ -73,6 +79,14 @@ class LlamaConfig:
     architecture: str = "LlamaForCausalLM"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.layer_windows and len(self.layer_windows) != self.num_layers:
+            raise ConfigError(
+                f"LlamaConfig.layer_windows: got {self.layer_windows}, want one for each of {self.num_layers} layers"
+            )
+        if self.activation not in get_args(Activation):
+            raise ConfigError(f"LlamaConfig.activation: got {self.activation!r}, want one of {get_args(Activation)}")
 
     @property
     def attention_scale(self) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 from pyagent_kv_jax.errors import ConfigError, ModelLoadError
 from pyagent_kv_jax.models import hf_gemma3
 from pyagent_kv_jax.models.config import LlamaConfig
-from pyagent_kv_jax.models.hf_fields import layer_types, layer_windows, refuse_other_than, size
+from pyagent_kv_jax.models.hf_fields import layer_types, layer_windows, number, refuse_other_than, size
 from pyagent_kv_jax.models.hf_rope import rope_from_hf, rope_scaling
 
 # By class name: its model_type, and what counts where config.json has no such key.
@@ -32,7 +32,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
         raw = hf_gemma3.text_config(raw)
     architecture = _architecture(raw)
     family = _FAMILIES[architecture]
-    raw = {**family, **raw, "model_type": family["model_type"]}
+    raw = {"rms_norm_eps": 1e-6, **family, **raw, "model_type": family["model_type"]}
     refuse_other_than(raw, {"partial_rotary_factor": 1.0, "quantization_config": None})
     num_heads = size(raw, "num_attention_heads")
     num_kv_heads = size(raw, "num_key_value_heads", default=num_heads)
@@ -52,7 +52,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
         num_kv_heads=num_kv_heads,
         head_dim=size(raw, "head_dim", default=family.get("head_dim", hidden_size // num_heads)),
         max_position_embeddings=size(raw, "max_position_embeddings", default=family["max_position_embeddings"]),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=float(number(raw, "rms_norm_eps")),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         architecture=architecture,
         bos_token_id=raw.get("bos_token_id"),

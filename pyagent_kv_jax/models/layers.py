@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +15,11 @@ from pyagent_kv_jax.models.config import LlamaConfig
 from pyagent_kv_jax.models.rope import rotate
 
 RotaryTable = tuple[jax.Array, jax.Array]
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nnx.silu,
+    "gelu_tanh": partial(nnx.gelu, approximate=True),
+}
 
 
 class RMSNorm(nnx.Module):
@@ -83,8 +90,7 @@ class MLP(nnx.Module):
         self.down_proj = _linear(inner, hidden, bias, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = self.gate_proj(x)
-        gate = nnx.silu(gate) if self.activation == "silu" else nnx.gelu(gate, approximate=True)
+        gate = _ACTIVATIONS[self.activation](self.gate_proj(x))
         return self.down_proj(gate * self.up_proj(x))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pyagent_kv_jax.errors import ConfigError
 from pyagent_kv_jax.models import LlamaConfig, LlamaForCausalLM, RopeConfig
 from pyagent_kv_jax.models.layers import RMSNorm
 from tests.models.prompt_attention import PromptAttention, prompt_metadata
@@ -38,6 +39,18 @@ CONFIG = LlamaConfig(
 
 def bf16(x):
     return x.astype(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_windows": (4, None)}, r"layer_windows: got \(4, None\), want one for each of 1 layers"),
+        ({"activation": "relu"}, r"activation: got 'relu', want one of \('silu', 'gelu_tanh'\)"),
+    ],
+)
+def test_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(CONFIG, **change)
 
 
 def test_norm_rounds_once_and_last():

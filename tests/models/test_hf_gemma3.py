@@ -166,6 +166,7 @@ def test_switches_that_published_models_leave_off():
         ({"layer_types": ["full_attention"]}, "layer_types ['full_attention']", "26 'full_attention'"),
         ({"layer_types": ["chunked_attention"] * 26}, "'chunked_attention'", "'sliding_attention'"),
         ({"layer_types": "full_attention"}, "layer_types full_attention", "26 'full_attention'"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps 'small'", "positive number"),
         ({"head_dim": 0}, "head_dim 0", "positive integer"),
         ({"architectures": ["Gemma3nForCausalLM"]}, "'Gemma3nForCausalLM'", "Gemma3ForCausalLM, Gemma3ForCond"),
         ({"model_type": "gemma3"}, "text_config None", "model_type 'gemma3_text'"),
