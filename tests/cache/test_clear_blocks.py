@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
+from pallas_kernels.checking import checking
 from pyagent_kv_jax import DType, KVCacheConfig, KVPages
 
 CONFIG = KVCacheConfig(num_layers=3, num_heads=2, head_dim=8, v_head_dim=4, num_blocks=7, block_size=4)
@@ -42,8 +43,9 @@ def test_only_the_blocks_named_are_cleared(dtype: DType) -> None:
 
 
 def test_an_id_outside_the_pool_is_reported_in_checking_mode() -> None:
-    checked = checkify.checkify(jax.jit(KVPages.clear_blocks))
-    error, _ = checked(random_pages(CONFIG), jnp.array([7]))
+    with checking():
+        checked = checkify.checkify(jax.jit(KVPages.clear_blocks))
+        error, _ = checked(random_pages(CONFIG), jnp.array([7]))
     with pytest.raises(checkify.JaxRuntimeError, match="want -1 or 0 to 6"):
         error.throw()
 
