@@ -73,7 +73,13 @@ def free_rows(
 
 
 def step_metadata(
-    table: BlockTable, rows: jax.Array, lens: jax.Array, ok: jax.Array, num_tokens: int | None
+    table: BlockTable,
+    rows: jax.Array,
+    lens: jax.Array,
+    ok: jax.Array,
+    num_tokens: int | None,
+    *,
+    num_groups: int = 1,
 ) -> AttentionMetadata:
     """Tables, lengths, positions and slots of a step, after ``extend_rows``.
 
@@ -84,18 +90,25 @@ def step_metadata(
         ok: bool[B], whether the row was served; if not, its tokens get no slots and attend to nothing.
         num_tokens: static; tokens the batch is padded to, laid out one row after another; no fewer than the served
             rows bring. None: decode layout, token i belongs to batch row i, and no row brings more than one.
+        num_groups: static; G layer groups, see ``rows_of_groups``. ``rows`` are those of the first group then.
     """
     served = ok & (rows >= 0) & (lens > 0)
     rows = jnp.where(served, rows, -1)
     kv_lens = jnp.where(served, table.num_tokens[rows], 0)  # row -1 reads the last row, and what it reads is dropped
     if num_tokens is None:
-        positions, query_start_loc = kv_lens - 1, None
+        token_rows, positions, query_start_loc = rows, kv_lens - 1, None
         slots = slots_of(table, rows, positions)
     else:
         tokens = step_slots(table, kv_lens - lens, lens, num_tokens, rows)
-        positions, slots, query_start_loc = tokens.positions, tokens.slots, tokens.query_start_loc
+        token_rows, positions, query_start_loc = tokens.rows, tokens.positions, tokens.query_start_loc
+        slots = tokens.slots
+    block_tables = jnp.where(served[:, None], table.blocks[rows], -1)
+    if num_groups > 1:
+        block_tables = jnp.where(served[:, None], table.blocks[rows_of_groups(table, rows, num_groups)], -1)
+        others = rows_of_groups(table, token_rows, num_groups)[1:]
+        slots = jnp.stack([slots, *(slots_of(table, other, positions) for other in others)])
     return AttentionMetadata(
-        block_tables=jnp.where(served[:, None], table.blocks[rows], -1),
+        block_tables=block_tables,
         kv_lens=kv_lens,
         query_start_loc=query_start_loc,
         slot_mapping=slots,
@@ -104,3 +117,12 @@ def step_metadata(
         max_query_len=1 if num_tokens is None else num_tokens,
         max_kv_len=table.config.max_tokens_per_req,
     )
+
+
+def rows_of_groups(table: BlockTable, rows: jax.Array, num_groups: int) -> jax.Array:
+    """i32[G, B]: the rows of requests ``rows`` i32[B] in a table that holds the rows of G groups one after another.
+
+    Request r has row ``g * num_rows / G + r`` for group g; -1 stays -1.
+    """
+    first = jnp.arange(num_groups, dtype=jnp.int32)[:, None] * (table.num_rows // num_groups)
+    return jnp.where(rows < 0, -1, rows + first)

@@ -1,139 +1,354 @@
-"""The manager's pool and table on the host's XLA CPU device, and the jitted calls over them."""
+"""The manager's pool and tables on the host's XLA CPU device, and the jitted calls over them."""
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pyagent_kv_jax.cache.allocation import extend_rows, free_rows, step_metadata
+from pyagent_kv_jax.cache import grouped_rows
+from pyagent_kv_jax.cache.allocation import step_metadata
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
+from pyagent_kv_jax.cache.grouped_rows import Extension, GroupedRows, Hits
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
-from pyagent_kv_jax.pool import BlockPool, check_invariants
-from pyagent_kv_jax.tables import BlockTable
+from pyagent_kv_jax.errors import InvalidBlockError
+from pyagent_kv_jax.pool import check_invariants
+from pyagent_kv_jax.pool.queues import Counters
 
-_State = tuple[BlockPool, BlockTable]
+_FREED_IN_A_STEP = 1024  # blocks; longer rows are freed by a call of their own
+
+
+class Extended(NamedTuple):
+    """What an admission did, on the host.
+
+    Attributes:
+        ok: bool[n].
+        new_ids: i32[...], blocks given that were no hits.
+        evicted_ids: i32[...], those of them whose cached content is gone.
+        copies: (src, dst) i32[...] each: blocks to be copied before anything is written.
+    """
+
+    ok: np.ndarray
+    new_ids: np.ndarray
+    evicted_ids: np.ndarray
+    copies: tuple[np.ndarray, np.ndarray]
 
 
 class ControlPlane:
     """Owns the control pytrees and donates them to each call. Not thread-safe: the manager's lock is above it.
 
-    Which programs are compiled depends on the sizes a scheduler pads to, never on what a request holds.
+    Requests are rows here. Which programs are compiled depends on the sizes a scheduler pads to, never on what a
+    request holds; lists of blocks are padded to powers of two.
     """
 
     def __init__(self, config: KVCacheConfig) -> None:
         self._block_size = config.block_size
         table_config = config.table_config()
-        self._free_capacity = table_config.max_num_blocks_per_req  # any one row fits
-        host = DeviceType.CPU.devices()[0]
-        with jax.default_device(host):
-            state = (BlockPool.create(config.pool_blocks), BlockTable.create(table_config))
+        self._groups = config.groups
+        self._width = table_config.max_num_blocks_per_req
+        self._row_capacity = self._width * len(self._groups)  # any one request fits
+        self._num_requests = table_config.max_num_reqs
+        self._host = DeviceType.CPU.devices()[0]
+        self._marks = np.zeros(0, np.int32)  # blocks whose content became worth keeping since the last call
+        self.may_copy = False  # set by the first fork: until then no block that is not full is ever shared
+        with jax.default_device(self._host):
+            state = GroupedRows.create(config.pool_blocks, table_config, self._groups)
         # Committed: the numpy arguments of every call follow it to the host.
-        self._state: _State = jax.device_put(state, host)
+        self._state: GroupedRows = jax.device_put(state, self._host)
+
+    # -- a step ------------------------------------------------------------------------------------------------
 
     def step(
-        self, rows: np.ndarray, counts: np.ndarray, freed_rows: list[int], num_rows: int, num_tokens: int | None
-    ) -> AttentionMetadata:
-        """Free, extend and compute slots in one dispatch; the metadata's leaves are numpy arrays."""
-        *earlier, last = self._batches_to_free(freed_rows)
-        for batch in earlier:
-            self._free(batch)
-        self._state, metadata = _step(
-            self._state,
-            _padded(rows, num_rows, -1),
-            _padded(counts, num_rows, 0),
-            self._mask(last),
-            free_capacity=self._free_capacity if last else 0,
-            capacity=num_rows if num_tokens is None else num_rows + num_tokens // self._block_size,
-            num_tokens=num_tokens,
-        )
-        return jax.tree.map(np.asarray, metadata)
+        self,
+        rows: np.ndarray,
+        counts: np.ndarray,
+        freed_rows: list[int],
+        num_rows: int,
+        num_tokens: int | None,
+        *,
+        restored: np.ndarray | None = None,
+        hits: Hits | None = None,
+        provisional: np.ndarray | None = None,
+    ) -> tuple[AttentionMetadata, Extended]:
+        """Free, extend and compute slots in one dispatch; the metadata's leaves are numpy arrays.
 
-    def admit(self, row: int, count: int) -> bool:
-        """Extend one row without computing slots; whether it was served."""
-        self._state, ok = _admit(self._state, np.int32(row), np.int32(count))
-        return bool(ok)
+        Args:
+            rows: i32[n], in the order of service.
+            counts: i64[n], tokens to be computed.
+            freed_rows: given up first.
+            num_rows: to pad to.
+            num_tokens: to pad to; None: decode layout.
+            restored: i64[n], tokens each row gains besides, between its hits and those to be computed.
+            hits: what empty rows begin with.
+            provisional: i32[R], tokens of every row that may be taken back, so what they can't see may be needed again.
+        """
+        last = self._free_all_but_the_last(freed_rows)
+        computed = 0 if num_tokens is None else num_tokens
+        if restored is not None and restored.any():
+            computed += _power_of_four(int(restored.sum()))
+        new_blocks = num_rows + computed // self._block_size + (restored is not None) * num_rows
+        marks_capacity = new_blocks * len(self._groups)
+        if len(self._marks) > marks_capacity:
+            self._flush_marks()
+        hits = _padded_hits(hits, num_rows)
+        self._state, meta, done = _step(
+            self._state,
+            _batch(rows, counts, restored, num_rows),
+            self._mask(last),
+            _padded(self._take_marks(), marks_capacity, -1),
+            hits,
+            provisional,
+            free_capacity=min(self._row_capacity, _FREED_IN_A_STEP) if last else 0,
+            release_capacity=(num_rows + self._width) * len(self._groups),
+            capacity=(new_blocks + self.may_copy * num_rows) * len(self._groups) + _num_hits(hits),
+            num_tokens=num_tokens,
+            copies=self.may_copy,
+        )
+        return jax.tree.map(np.asarray, meta), _on_the_host(done, len(rows))
+
+    def admit(
+        self, rows: np.ndarray, counts: np.ndarray, hits: Hits | None = None, *, only_blocks: bool = False
+    ) -> Extended:
+        """Extend rows without computing slots; ``only_blocks``: they get the blocks, but not the tokens."""
+        self._flush_marks()
+        size = _power_of_two(len(rows))
+        hits = _padded_hits(hits, size)
+        blocks = -(-int(counts.sum()) // self._block_size) + 2 * len(rows)
+        self._state, done = _admit(
+            self._state,
+            _padded(rows, size, -1),
+            _padded(counts, size, 0),
+            hits,
+            capacity=_power_of_two(blocks * len(self._groups)) + _num_hits(hits),
+            copies=self.may_copy,
+            only_blocks=only_blocks,
+        )
+        return _on_the_host(done, len(rows))
+
+    # -- giving back -------------------------------------------------------------------------------------------
 
     def free(self, rows: list[int]) -> None:
         """Drop the references of whole rows."""
-        for batch in self._batches_to_free(rows):
-            self._free(batch)
+        self._flush_marks()
+        if rows:
+            held = int(self._held()[rows].sum()) * len(self._groups)
+            self._state = _free(self._state, self._mask(rows), capacity=_power_of_two(held))
+
+    def truncate(self, rows: np.ndarray, num_tokens: np.ndarray) -> None:
+        """Forget what rows hold past ``num_tokens`` i32[n], which is no more than they hold."""
+        self._flush_marks()
+        size = _power_of_two(len(rows))
+        dropped = self._held()[rows] - -(-num_tokens // self._block_size)
+        self._state = _truncate(
+            self._state,
+            _padded(rows, size, -1),
+            _padded(num_tokens, size, 0),
+            capacity=_power_of_two(int(dropped.sum()) * len(self._groups)),
+        )
+
+    def fork(self, parent: int, child: int) -> None:
+        """The empty row ``child`` shares all that ``parent`` holds; blocks that are not full are copied when written."""
+        self._flush_marks()
+        self.may_copy = True
+        self._state = _fork(self._state, np.int32(parent), np.int32(child))
+
+    # -- cached content ----------------------------------------------------------------------------------------
+
+    def mark_cached(self, ids: np.ndarray) -> None:
+        """Blocks in use whose content is worth keeping; takes effect with the next call, in the same dispatch."""
+        self._marks = np.concatenate([self._marks, ids]) if len(self._marks) else ids
+
+    def uncache(self, ids: np.ndarray) -> None:
+        """Forget the content of blocks ``ids`` i32[n]."""
+        self._flush_marks()
+        if len(ids):
+            self._state = _uncache(self._state, _padded(ids, _power_of_two(len(ids)), -1))
+
+    def rearrange(self, moved: GroupedRows) -> None:
+        """Put a state in place of this one; see ``defragmentation``."""
+        self._state = jax.device_put(moved, self._host)
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> GroupedRows:
+        """Pool and tables; valid until the next call."""
+        self._flush_marks()
+        return self._state
 
     def lengths(self) -> np.ndarray:
-        """Tokens of every row, i32[max_num_reqs]; a copy, since the next call donates the original."""
-        return np.array(self._state[1].num_tokens)
+        """Tokens of every request, i32[R]; valid until the next call."""
+        return np.asarray(self._state.table.num_tokens)[: self._num_requests]
 
-    def blocks_of(self, row: int) -> list[int]:
-        """Block ids of one row."""
-        table = np.asarray(self._state[1].get_row(row))
-        return table[table >= 0].tolist()
+    def blocks_of(self, row: int) -> np.ndarray:
+        """Blocks of one request, i32[G, columns]; -1 where a group gave its block back. A copy."""
+        rows = row + self._num_requests * np.arange(len(self._groups))
+        return np.asarray(self._state.table.blocks)[rows, : self._held()[row]]
+
+    def ref_counts(self) -> np.ndarray:
+        """References of every block, i32[N]; valid until the next call."""
+        return np.asarray(self._state.pool.ref_counts)
 
     def num_free(self) -> int:
         """Blocks that an admission could take."""
-        return int(self._state[0].num_free)
+        return int(self._counters().num_free)
+
+    def num_cached_free(self) -> int:
+        """Those of them that have cached content."""
+        return int(self._counters().num_cached)
 
     def check_invariants(self) -> None:
-        """Raise ``InvalidBlockError`` where pool and table contradict themselves or each other."""
-        check_invariants(*self._state)
+        """Raise ``InvalidBlockError`` where pool and tables contradict themselves or each other."""
+        state = self.state
+        check_invariants(state.pool, state.table, state.released)
+        blocks, references = np.asarray(state.table.blocks), self.ref_counts()
+        named = np.bincount(blocks[blocks >= 0], minlength=len(references))
+        if (named != references).any():
+            lost = np.flatnonzero(named != references)[:5]
+            raise InvalidBlockError(
+                f"blocks {lost.tolist()}: got {references[lost].tolist()} references, "
+                f"want {named[lost].tolist()}, as often as rows name them"
+            )
 
-    def _free(self, rows: list[int]) -> None:
-        self._state = _free(self._state, self._mask(rows), capacity=self._free_capacity)
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _counters(self) -> Counters:
+        return Counters(*np.asarray(self._state.pool.counters))
+
+    def _held(self) -> np.ndarray:
+        return np.asarray(self._state.table.num_blocks)[: self._num_requests]
+
+    def _take_marks(self) -> np.ndarray:
+        marks, self._marks = self._marks, np.zeros(0, np.int32)
+        return marks
+
+    def _flush_marks(self) -> None:
+        if len(self._marks):
+            marks = self._take_marks()
+            self._state = _mark_cached(self._state, _padded(marks, _power_of_two(len(marks)), -1))
 
     def _mask(self, rows: list[int]) -> np.ndarray:
-        mask = np.zeros(self._state[1].config.max_num_reqs, bool)
+        mask = np.zeros(self._num_requests, bool)
         mask[rows] = True
         return mask
 
-    def _batches_to_free(self, rows: list[int]) -> list[list[int]]:
-        """``rows`` in batches whose blocks fit into one call's static capacity; at least one, perhaps empty."""
+    def _free_all_but_the_last(self, rows: list[int]) -> list[int]:
+        """Free so many of ``rows`` that the rest fits into a step's capacity; the rest."""
         if not rows:
-            return [[]]
-        held = np.array(self._state[1].num_blocks)[rows]
-        batches: list[list[int]] = [[]]
-        room = self._free_capacity
-        for row, blocks in zip(rows, held, strict=True):
-            if blocks > room:
-                batches.append([])
-                room = self._free_capacity
-            batches[-1].append(row)
-            room -= int(blocks)
-        return batches
+            return rows
+        capacity = min(self._row_capacity, _FREED_IN_A_STEP)
+        blocks = np.cumsum(self._held()[rows][::-1])[::-1] * len(self._groups)  # of this row and those after it
+        first = int(np.searchsorted(-blocks, -capacity))
+        self.free(rows[:first]) if first else None
+        return rows[first:]
 
 
-@partial(jax.jit, donate_argnums=0, static_argnames=("free_capacity", "capacity", "num_tokens"))
+@partial(
+    jax.jit,
+    donate_argnums=0,
+    static_argnames=("free_capacity", "release_capacity", "capacity", "num_tokens", "copies"),
+)
 def _step(
-    state: _State,
-    rows: jax.Array,
-    counts: jax.Array,
+    state: GroupedRows,
+    batch: jax.Array,
     freed: jax.Array,
+    marks: jax.Array,
+    hits: Hits | None,
+    provisional: jax.Array | None,
     *,
     free_capacity: int,
+    release_capacity: int,
     capacity: int,
     num_tokens: int | None,
-) -> tuple[_State, AttentionMetadata]:
-    """``rows`` i32[B] are served in their order; -1 is padding."""
-    pool, table = state
+    copies: bool,
+) -> tuple[GroupedRows, AttentionMetadata, Extension]:
+    """``batch`` i32[3, B]: rows, in the order of service (-1 is padding), tokens to compute, tokens restored."""
+    rows, counts, restored = batch
+    state = _marked(state, marks)
     if free_capacity:
-        pool, table, _ = free_rows(pool, table, freed, capacity=free_capacity)
-    pool, table, ok = extend_rows(pool, table, counts, capacity=capacity, rows=rows)
-    ok &= rows >= 0
-    return (pool, table), step_metadata(table, rows, jnp.where(ok, counts, 0), ok, num_tokens)
+        state = grouped_rows.free(state, freed, capacity=free_capacity)
+    state = grouped_rows.release_out_of_sight(state, provisional, capacity=release_capacity)
+    state, done = grouped_rows.extend(state, rows, restored + counts, capacity=capacity, hits=hits, copies=copies)
+    ok = done.ok & (rows >= 0)
+    lens = jnp.where(ok, counts, 0)
+    meta = step_metadata(state.table, rows, lens, ok, num_tokens, num_groups=len(state.groups))
+    return state, meta, done._replace(ok=ok)
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames=("capacity", "copies", "only_blocks"))
+def _admit(
+    state: GroupedRows,
+    rows: jax.Array,
+    counts: jax.Array,
+    hits: Hits | None,
+    *,
+    capacity: int,
+    copies: bool,
+    only_blocks: bool,
+) -> tuple[GroupedRows, Extension]:
+    num_tokens = state.table.num_tokens
+    state, done = grouped_rows.extend(state, rows, counts, capacity=capacity, hits=hits, copies=copies)
+    if only_blocks:
+        state = dataclasses.replace(state, table=dataclasses.replace(state.table, num_tokens=num_tokens))
+    return state, done
+
+
+_free = jax.jit(grouped_rows.free, donate_argnums=0, static_argnames="capacity")
+_truncate = jax.jit(grouped_rows.truncate, donate_argnums=0, static_argnames="capacity")
+_fork = jax.jit(grouped_rows.fork, donate_argnums=0)
+
+
+def _marked(state: GroupedRows, ids: jax.Array) -> GroupedRows:
+    return dataclasses.replace(state, pool=state.pool.mark_cached(ids)[0])
+
+
+_mark_cached = jax.jit(_marked, donate_argnums=0)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _admit(state: _State, row: jax.Array, count: jax.Array) -> tuple[_State, jax.Array]:
-    pool, table = state
-    capacity = table.config.max_num_blocks_per_req
-    pool, table, ok = extend_rows(pool, table, count[None], capacity=capacity, rows=row[None])
-    return (pool, table), ok[0]
+def _uncache(state: GroupedRows, ids: jax.Array) -> GroupedRows:
+    return dataclasses.replace(state, pool=state.pool.uncache(ids)[0])
 
 
-@partial(jax.jit, donate_argnums=0, static_argnames="capacity")
-def _free(state: _State, rows: jax.Array, *, capacity: int) -> _State:
-    pool, table, _ = free_rows(*state, rows, capacity=capacity)
-    return pool, table
+def _on_the_host(done: Extension, num_rows: int) -> Extended:
+    new_ids, evicted = np.asarray(done.new_ids), np.asarray(done.evicted)
+    copies = (np.zeros(0, np.int32),) * 2
+    if done.copy_src is not None:
+        src, dst = np.asarray(done.copy_src), np.asarray(done.copy_dst)
+        copies = src[src >= 0], dst[src >= 0]
+    return Extended(np.asarray(done.ok)[:num_rows], new_ids[new_ids >= 0], new_ids[evicted], copies)
+
+
+def _padded_hits(hits: Hits | None, num_rows: int) -> Hits | None:
+    if hits is None:
+        return None
+    blocks = np.asarray(hits.blocks)
+    return Hits(_padded(blocks, _power_of_four(len(blocks)), -1), _padded(np.asarray(hits.columns), num_rows, 0))
+
+
+def _num_hits(hits: Hits | None) -> int:
+    return 0 if hits is None else hits.blocks.shape[0]
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _power_of_four(size: int) -> int:
+    return 1 << max(-(-(size - 1).bit_length() // 2) * 2, 10)
+
+
+def _batch(rows: np.ndarray, counts: np.ndarray, restored: np.ndarray | None, num_rows: int) -> np.ndarray:
+    batch = np.zeros((3, num_rows), np.int32)
+    batch[0, len(rows) :] = -1
+    batch[0, : len(rows)], batch[1, : len(rows)] = rows, counts
+    if restored is not None:
+        batch[2, : len(rows)] = restored
+    return batch
 
 
 def _padded(values: np.ndarray, size: int, fill: int) -> np.ndarray:

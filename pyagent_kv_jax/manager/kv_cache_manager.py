@@ -1,16 +1,15 @@
-"""``KVCacheManager``: request ids, callbacks and a lock around one pool and one table.
+"""``KVCacheManager``: request ids, prefix cache, swap space and callbacks around one pool and its tables.
 
-The pool and the table are pytrees on the host's XLA CPU device; every public call is one jitted dispatch over them,
-donated under the lock. The manager adds what arrays cannot hold (ids, callbacks), and no second record of who owns
+The pool and the tables are pytrees on the host's XLA CPU device; a step is one jitted dispatch over them, donated under
+the lock. The manager adds what arrays cannot hold (ids, block keys, callbacks, events), and no second record of who owns
 which block.
 """
 
 from __future__ import annotations
 
-import math
-import numbers
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,14 +21,20 @@ from pyagent_kv_jax.errors import (
     DuplicateRequestError,
     InvalidArgumentError,
     OutOfBlocksError,
-    RequestTooLongError,
-    TooManyRequestsError,
     UnknownRequestError,
 )
-from pyagent_kv_jax.manager.control_plane import ControlPlane
-from pyagent_kv_jax.manager.step_plan import MemoryPressure, StepPlan
+from pyagent_kv_jax.manager.admission import Batch, token_counts, token_ids
+from pyagent_kv_jax.manager.block_hash import CacheExtras
+from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
+from pyagent_kv_jax.manager.events import EventLog
+from pyagent_kv_jax.manager.manager_state import ManagerState
+from pyagent_kv_jax.manager.manager_stats import ManagerStats
+from pyagent_kv_jax.manager.memory_pressure import MemoryPressure, PressureCallback, PressureCallbacks
+from pyagent_kv_jax.manager.options import ManagerOptions
+from pyagent_kv_jax.manager.prefix_cache import PrefixHit
+from pyagent_kv_jax.manager.step_plan import StepPlan
 
-PressureCallback = Callable[[MemoryPressure], None]
+PreemptionMode = Literal["auto", "swap", "recompute"]
 
 
 class KVCacheManager:
@@ -39,38 +44,112 @@ class KVCacheManager:
     >>> manager.allocate("a", 40)                           # three blocks of 16 tokens
     >>> plan = manager.step(["a", "b"], [1, 100], num_tokens=128)   # one decode token, one prefill, one dispatch
 
+    Told a request's tokens (``add_request``, ``record_tokens``), it keeps the content of full blocks and gives it to
+    later requests that begin alike.
+
     Source: behaves as the manager of vLLM v1 (Kwon et al., SOSP 2023) where that has one, with a whole scheduler step
     in one call.
     """
 
-    def __init__(self, config: KVCacheConfig) -> None:
+    def __init__(self, config: KVCacheConfig, options: ManagerOptions = ManagerOptions()) -> None:
         """Build an empty pool; the pages are made when first asked for.
 
         Raises:
             DeviceUnavailableError: the host's XLA CPU device is hidden (``JAX_PLATFORMS``).
+            ConfigError: a hash algorithm that is not there.
         """
         self.config = config
+        self.options = options
         self._lock = threading.RLock()
-        self._control = ControlPlane(config)
-        self._rows: dict[str, int] = {}
-        self._unused_rows = list(range(config.max_num_reqs - 1, -1, -1))
-        self._pressure_callbacks: list[PressureCallback] = []
-        self._pages: KVPages | None = None
+        self._state = ManagerState(config, options)
+        self._callbacks = PressureCallbacks(options.callback_timeout)
 
     # -- the pages ---------------------------------------------------------------------------------------------
 
     @property
     def pages(self) -> KVPages:
-        """K and V on the accelerator, made at first use. Assign the new ones back after a step that donated them."""
+        """K and V on the accelerator, made at first use. Assign the new ones back after a step that donated them.
+
+        Between steps the manager itself copies blocks in them (copy-on-write, swap, defragmentation).
+        """
         with self._lock:
-            if self._pages is None:
-                self._pages = KVPages.create(self.config)
-            return self._pages
+            if self._state.pages is None:
+                self._state.pages = KVPages.create(self.config)
+            return self._state.pages
 
     @pages.setter
     def pages(self, pages: KVPages) -> None:
         with self._lock:
-            self._pages = pages
+            self._state.pages = pages
+
+    # -- requests and their tokens -----------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        request_id: str,
+        tokens: ArrayLike,
+        *,
+        extras: CacheExtras = CacheExtras(),
+        read_prefix_cache: bool = True,
+    ) -> None:
+        """Tell the tokens of a request that will come, so that it can share blocks. It holds nothing yet.
+
+        The step that admits it gives it the cached blocks its tokens begin with, on top of those it computes.
+
+        Args:
+            request_id: a new one.
+            tokens: i32[n], n >= 1: its prompt.
+            extras: what else its blocks depend on.
+            read_prefix_cache: False for callers that want every prompt token computed (for their logits, say). Its
+                blocks can be read by others all the same.
+
+        Raises:
+            DuplicateRequestError: ``request_id`` is already here.
+            InvalidArgumentError: no tokens, or not integers of at least 0.
+        """
+        prompt = token_ids(tokens)
+        if not len(prompt):
+            raise InvalidArgumentError("tokens: got none, want at least one")
+        with self._lock:
+            if self._state.is_known(request_id):
+                raise DuplicateRequestError(f"request {request_id!r}: is already here, want a new id")
+            self._state.register(request_id, prompt, extras, read_prefix_cache)
+
+    def record_tokens(self, request_ids: Sequence[str] | str, tokens: ArrayLike) -> None:
+        """Tell the tokens that requests have chosen, before the step that computes them.
+
+        Args:
+            request_ids: n ids, one token each; or one id (a string), any number of tokens.
+            tokens: i32[n], or those of the one. Tokens of a request that was never added are of no use, and passed over.
+
+        Raises:
+            UnknownRequestError: an id that holds no blocks.
+            InvalidArgumentError: not one integer of at least 0 each.
+            DuplicateRequestError: an id named twice.
+        """
+        values = token_ids(tokens)
+        with self._lock:
+            if isinstance(request_ids, str):
+                self._state.tokens.append_run(self._state.rows.row_of(request_ids), values)
+                return
+            ids = tuple(request_ids)
+            if len(ids) != len(values):
+                raise InvalidArgumentError(f"tokens: got {len(values)} for {len(ids)} requests, want one each")
+            self._state.tokens.append(self._state.rows_holding(ids), values)
+
+    def lookup_prefix(self, request_id: str) -> PrefixHit:
+        """What the prefix cache holds now for a request that was added and holds no blocks; changes nothing.
+
+        Never the whole prompt: its last token is always computed.
+
+        Raises:
+            UnknownRequestError: not such a request.
+        """
+        with self._lock:
+            record = self._state.waiting.get(request_id)
+            if record is None:
+                raise UnknownRequestError(f"request {request_id!r}: want one that was added and holds no blocks")
+            return self._state.hit_of(record)
 
     # -- one scheduler step ------------------------------------------------------------------------------------
 
@@ -89,6 +168,10 @@ class KVCacheManager:
         tokens need or nothing at all; once one does not fit, later ones that need blocks are refused too. An id seen
         for the first time is a new request; if it is refused it is forgotten again.
 
+        A request that was added begins with what the prefix cache has of it, one that was swapped out with what it
+        held; ``StepPlan.num_cached_tokens`` tells how much, and those tokens are not to be computed. An added one is
+        granted no more than the rest of its known tokens.
+
         Args:
             request_ids: n distinct ids, most urgent first.
             num_new_tokens: n counts of at least 0.
@@ -97,44 +180,40 @@ class KVCacheManager:
             num_tokens: pad to this many tokens. None: decode layout, token i belongs to row i, at most one each.
 
         Raises:
-            UnknownRequestError: an id in ``free`` holds nothing.
+            UnknownRequestError: an id in ``free`` is not here.
             DuplicateRequestError: an id named twice.
-            InvalidArgumentError: a count that is negative or not an integer, or more rows or tokens than the padding.
+            InvalidArgumentError: a count that is negative or not an integer, more rows or tokens than the padding, or a
+                request whose drafts have not been committed.
             RequestTooLongError: a request that would outgrow its row, or the whole pool.
             TooManyRequestsError: no row of the table is left for a new request.
         """
-        ids, freed = tuple(request_ids), tuple(free)
-        counts = _counts(num_new_tokens, len(ids))
-        padded_rows = len(ids) if num_rows is None else num_rows
-        _check_padding(counts, padded_rows, num_tokens)
+        batch = Batch.of(request_ids, num_new_tokens, free, num_rows, num_tokens)
         with self._lock:
-            _check_distinct(ids + freed)
-            freed_rows = [self._row_of(request_id) for request_id in freed]
-            rows, new = self._rows_for(ids, freed_rows)
-            self._check_lengths(ids, rows, counts)
-            metadata = self._control.step(rows, counts, freed_rows, padded_rows, num_tokens)
-            ok = np.asarray(metadata.ok)[: len(ids)]
-            self._forget(freed)
-            self._remember(ids, rows, new, ok)
-        errors = () if ok.all() else self._trigger_memory_pressure(ids, counts, ok)
-        return StepPlan(ids, ok, np.where(ok, counts, 0).astype(np.int32), metadata, errors)
+            plan = self._state.step(batch)
+            due = self._pressure_due(plan.ok.all())
+            if due:
+                pressure = self._state.pressure(batch.ids, batch.counts, plan.ok)
+        if not due:
+            return plan
+        return plan.with_errors(self._callbacks.call(due, pressure))
 
     # -- one request -------------------------------------------------------------------------------------------
 
     def allocate(self, request_id: str, num_tokens: int) -> list[int]:
         """Admit a new request of ``num_tokens`` tokens and return its block ids.
 
+        A request that was added gets cached blocks as in ``step``; they count among the ``num_tokens``.
+
         Raises:
-            DuplicateRequestError: ``request_id`` is already here.
+            DuplicateRequestError: ``request_id`` already holds blocks.
             OutOfBlocksError: too few free blocks, also after the memory-pressure callbacks had their turn.
             CallbackError: it did not fit, and a memory-pressure callback raised.
             InvalidArgumentError, RequestTooLongError, TooManyRequestsError: as ``step``.
         """
         with self._lock:
-            if request_id in self._rows:
+            if self._state.holds(request_id):
                 raise DuplicateRequestError(f"request {request_id!r}: is already allocated, want a new id or extend()")
-            self._admit_one(request_id, num_tokens)
-            return self.get_block_table(request_id)
+        return self._admit_one(request_id, num_tokens)
 
     def extend(self, request_id: str, additional_tokens: int) -> list[int]:
         """Make room for ``additional_tokens`` more and return all block ids of the request.
@@ -144,28 +223,138 @@ class KVCacheManager:
             OutOfBlocksError, CallbackError, InvalidArgumentError, RequestTooLongError: as ``allocate``.
         """
         with self._lock:
-            self._row_of(request_id)
-            self._admit_one(request_id, additional_tokens)
-            return self.get_block_table(request_id)
+            self._state.rows.row_of(request_id)
+        return self._admit_one(request_id, additional_tokens)
 
     def free(self, request_id: str) -> None:
-        """Drop the request's references; blocks nobody else holds are free again.
+        """Drop the request's references, and forget it; blocks nobody else holds are free again.
 
         Raises:
-            UnknownRequestError: ``request_id`` holds nothing here (also when it is freed a second time).
+            UnknownRequestError: ``request_id`` is not here (also when it is freed a second time).
         """
         with self._lock:
-            self._control.free([self._row_of(request_id)])
-            self._forget((request_id,))
+            self._state.free((request_id,))
+
+    def fork(self, parent: str, child: str) -> None:
+        """``child`` becomes a request with all tokens of ``parent``, sharing its blocks.
+
+        Whoever first writes into a shared block gets a copy of it: one batched copy a step. For beam search, best-of-n
+        and tree search.
+
+        Raises:
+            UnknownRequestError: ``parent`` holds no blocks.
+            DuplicateRequestError: ``child`` is already here.
+            InvalidArgumentError: ``parent`` has drafts that are not committed.
+            TooManyRequestsError: no row is left.
+        """
+        with self._lock:
+            self._state.fork(parent, child)
+
+    # -- speculative decoding ----------------------------------------------------------------------------------
+
+    def reserve(self, request_id: str, draft_tokens: int) -> None:
+        """Set blocks aside for the request's next token and ``draft_tokens`` guesses after it.
+
+        The next step that includes it can't be refused for them; the last ``draft_tokens`` it brings are drafts until
+        ``commit``. Drafts are never hashed.
+
+        Raises:
+            UnknownRequestError: it holds no blocks.
+            OutOfBlocksError, RequestTooLongError, InvalidArgumentError: as ``extend``; also drafts not yet committed.
+        """
+        count = int(token_counts([draft_tokens], 1)[0])
+        with self._lock:
+            if not self._state.reserve(request_id, count):
+                raise OutOfBlocksError(
+                    f"request {request_id!r}: {count + 1} more tokens do not fit into {self._state.num_free()} free "
+                    f"blocks of {self.config.block_size} tokens"
+                )
+
+    def commit(self, request_ids: Sequence[str] | str, accepted: ArrayLike) -> None:
+        """Keep the first ``accepted`` drafts of each request; the slots and blocks of the others come back.
+
+        Raises:
+            UnknownRequestError: an id that holds no blocks.
+            InvalidArgumentError: more than its drafts, or none were computed.
+            DuplicateRequestError: an id named twice.
+        """
+        ids = (request_ids,) if isinstance(request_ids, str) else tuple(request_ids)
+        counts = token_counts(np.atleast_1d(np.asarray(accepted)), len(ids))
+        with self._lock:
+            self._state.commit(ids, counts)
+
+    # -- preemption --------------------------------------------------------------------------------------------
+
+    def preempt(self, request_ids: Sequence[str] | str, mode: PreemptionMode = "auto") -> dict[str, str]:
+        """Take the blocks of requests away, most of them to be back later: a step that names one resumes it.
+
+        A swapped request keeps all it holds in host memory: one batched, asynchronous transfer for all of them. One to
+        be computed again keeps only what the prefix cache does not lose meanwhile; its next step starts like that of a
+        new one. (If it was never added, it is forgotten.)
+
+        Args:
+            request_ids: that hold blocks.
+            mode: "auto": whichever ``ManagerOptions.preemption_cost`` finds quicker, and the host pool has room for.
+
+        Returns:
+            What was done with each: "swap" or "recompute".
+
+        Raises:
+            UnknownRequestError: an id that holds no blocks.
+            OutOfBlocksError: mode "swap", and the host pool is too full for all of them; nothing is done.
+            InvalidArgumentError: another mode, or drafts that are not committed.
+        """
+        ids = (request_ids,) if isinstance(request_ids, str) else tuple(request_ids)
+        if mode not in ("auto", "swap", "recompute"):
+            raise InvalidArgumentError(f"mode: got {mode!r}, want 'auto', 'swap' or 'recompute'")
+        with self._lock:
+            return self._state.preempt(ids, mode)
+
+    # -- the prefix cache --------------------------------------------------------------------------------------
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the content of every block; requests keep theirs. The hit rate starts anew."""
+        with self._lock:
+            self._state.reset_prefix_cache()
+
+    def evict_prefix(self, tokens: ArrayLike, *, extras: CacheExtras = CacheExtras()) -> int:
+        """Forget the cached blocks of this very prefix (its full blocks), in all groups; how many there were.
+
+        Raises:
+            InvalidArgumentError: not integers of at least 0.
+        """
+        with self._lock:
+            return self._state.evict_prefix(token_ids(tokens), extras)
+
+    @property
+    def minimum_reusable_length(self) -> int:
+        """Tokens the shortest prompt must have for any of it to be found in the prefix cache."""
+        return self._state.prefixes.minimum_reusable_length
+
+    @property
+    def events(self) -> EventLog:
+        """What happened to cached blocks; off unless ``ManagerOptions.event_capacity`` says otherwise."""
+        return self._state.events
+
+    # -- order ---------------------------------------------------------------------------------------------------
+
+    def defragment(self, *, runs: bool = False) -> DefragmentationReport:
+        """Move the blocks in use to the lowest ids by one batched copy; tables and keys follow. Costs O(pool).
+
+        Args:
+            runs: also put each request's blocks into one run, as far as none is shared; moves more.
+        """
+        with self._lock:
+            return self._state.defragment(runs)
 
     # -- reading -----------------------------------------------------------------------------------------------
 
     def get_block_table(self, request_id: str, layer_idx: int = 0) -> list[int]:
-        """Block ids of a request, first token's block first.
+        """Block ids of a request, first token's block first; -1 where no later token can see the block any more.
 
         Args:
-            request_id: of a request that is here.
-            layer_idx: selects the layer's group; a block spans all layers of its group.
+            request_id: of a request that holds blocks.
+            layer_idx: selects the layer's group; a block spans the layers of its group.
 
         Raises:
             UnknownRequestError: ``request_id`` holds nothing here.
@@ -173,8 +362,9 @@ class KVCacheManager:
         """
         if not 0 <= layer_idx < self.config.num_layers:
             raise InvalidArgumentError(f"layer_idx: got {layer_idx}, want 0 to {self.config.num_layers - 1}")
+        group = next(g for g, members in enumerate(self.config.groups) if layer_idx in members.layers)
         with self._lock:
-            return self._control.blocks_of(self._row_of(request_id))
+            return self._state.control.blocks_of(self._state.rows.row_of(request_id))[group].tolist()
 
     def num_tokens(self, request_id: str) -> int:
         """Tokens the request holds.
@@ -183,141 +373,104 @@ class KVCacheManager:
             UnknownRequestError: ``request_id`` holds nothing here.
         """
         with self._lock:
-            return int(self._control.lengths()[self._row_of(request_id)])
+            return int(self._state.control.lengths()[self._state.rows.row_of(request_id)])
 
     def request_ids(self) -> list[str]:
-        """Ids of all requests that are here, in the order they came."""
+        """Ids of all requests that hold blocks, in the order they came."""
         with self._lock:
-            return list(self._rows)
+            return self._state.rows.ids()
+
+    def swapped_ids(self) -> list[str]:
+        """Ids of all requests that wait in host memory."""
+        with self._lock:
+            return list(self._state.swap.requests)
 
     def get_num_free_blocks(self) -> int:
-        """Blocks that an admission could take now."""
+        """Blocks that an admission could take now, those with cached content included."""
         with self._lock:
-            return self._control.num_free()
+            return self._state.num_free()
 
     def usage(self) -> float:
         """Share of the pool's blocks that requests hold, 0.0 to 1.0."""
         return 1.0 - self.get_num_free_blocks() / self.config.pool_blocks
 
     def can_allocate(self, num_tokens: int) -> bool:
-        """Whether a new request of ``num_tokens`` would be admitted now.
+        """Whether a new request of ``num_tokens`` would be admitted now, without any help of the prefix cache.
 
         Raises:
             InvalidArgumentError: ``num_tokens`` is negative or not an integer.
         """
-        tokens = int(_counts([num_tokens], 1)[0])
+        tokens = int(token_counts([num_tokens], 1)[0])
         with self._lock:
-            fits_row = tokens <= self.config.max_model_len
-            return bool(self._unused_rows) and fits_row and self._blocks_for(tokens) <= self._control.num_free()
+            fits = tokens <= self.config.max_model_len and self._state.blocks_for(tokens) <= self._state.num_free()
+            return fits and self._state.rows.num_unused > 0
+
+    def stats(self) -> ManagerStats:
+        """A snapshot of counts: blocks, requests, hit rates, preemptions, waste."""
+        with self._lock:
+            return self._state.stats()
 
     def check_invariants(self) -> None:
-        """Check pool and table against each other; costs O(pool).
+        """Check pool, tables and prefix cache against each other; costs O(pool).
 
         Raises:
             InvalidBlockError: they contradict themselves or each other; the message lists where.
         """
         with self._lock:
-            self._control.check_invariants()
+            self._state.check_invariants()
 
     # -- memory pressure ---------------------------------------------------------------------------------------
 
-    def on_memory_pressure(self, callback: PressureCallback) -> None:
-        """Call ``callback(MemoryPressure)`` whenever a request is refused for lack of blocks.
+    def on_memory_pressure(self, callback: PressureCallback, *, threshold: float | None = None) -> None:
+        """Call ``callback(MemoryPressure)`` when blocks are short.
 
-        It runs after the step is complete, in the caller's thread, and may call this manager (to free something, say).
-        ``allocate`` and ``extend`` try once more after it. What it raises never disturbs a step: ``step`` reports it
-        in ``StepPlan.callback_errors``.
+        It runs after the step is complete, outside the lock, in a thread of its own, and may call this manager (to free
+        something, say). ``allocate`` and ``extend`` try once more after it. One that raises, or does not return within
+        ``ManagerOptions.callback_timeout``, never disturbs a step: ``StepPlan.callback_errors`` reports it.
+
+        Args:
+            callback: told who was refused and what letting go of each request would free.
+            threshold: call when usage rises to this share of the pool. None: when a request is refused.
+
+        Raises:
+            InvalidArgumentError: not callable, or a threshold outside (0, 1].
         """
         with self._lock:
-            self._pressure_callbacks.append(callback)
+            self._callbacks.add(callback, threshold)
 
     def _trigger_memory_pressure(
-        self, ids: Sequence[str], counts: np.ndarray, ok: np.ndarray
+        self, ids: Sequence[str] = (), counts: Sequence[int] | np.ndarray = ()
     ) -> tuple[CallbackError, ...]:
+        """Tell every callback that is due that these requests were refused."""
         with self._lock:
-            callbacks = tuple(self._pressure_callbacks)
-            if not callbacks:
-                return ()
-            lengths, free = self._control.lengths(), self._control.num_free()
-            refused = {i: int(n) for i, n, served in zip(ids, counts, ok, strict=True) if not served}
-            held = {i: int(lengths[self._rows[i]]) if i in self._rows else 0 for i in refused}
-        needed = sum(self._blocks_for(held[i] + n) - self._blocks_for(held[i]) for i, n in refused.items())
-        pressure = MemoryPressure(tuple(refused), needed, free)
-        errors = []
-        for callback in callbacks:
-            try:
-                callback(pressure)
-            except Exception as cause:
-                error = CallbackError(f"memory-pressure callback {callback!r} raised {cause!r}")
-                error.__cause__ = cause
-                errors.append(error)
-        return tuple(errors)
+            due = self._pressure_due(not ids)
+            pressure = self._state.pressure(tuple(ids), np.asarray(counts), np.zeros(len(ids), bool)) if due else None
+        return () if pressure is None else self._callbacks.call(due, pressure)
 
-    # -- inside ------------------------------------------------------------------------------------------------
+    def _pressure_due(self, all_served: bool | np.bool_) -> list:
+        if all_served and not self._callbacks.has_thresholds:
+            return []
+        return self._callbacks.due(1.0 - self._state.num_free() / self.config.pool_blocks, not all_served)
 
-    def _admit_one(self, request_id: str, num_tokens: int) -> None:
-        """Admit or extend one request; give pressure callbacks one chance to make room."""
-        counts = _counts([num_tokens], 1)
+    def _admit_one(self, request_id: str, num_tokens: int) -> list[int]:
+        """Admit or extend one request; give pressure callbacks one chance to make room, without the lock."""
+        counts = token_counts([num_tokens], 1)
         for attempt in range(2):
-            rows, new = self._rows_for((request_id,), [])
-            self._check_lengths((request_id,), rows, counts)
-            ok = np.array([self._control.admit(int(rows[0]), int(counts[0]))])
-            if ok.all():
-                self._remember((request_id,), rows, new, ok)
-                return
+            with self._lock:
+                if self._state.admit(request_id, int(counts[0])):
+                    blocks = self.get_block_table(request_id)
+                    break
             if attempt == 0:
-                for error in self._trigger_memory_pressure((request_id,), counts, ok):
+                for error in self._trigger_memory_pressure((request_id,), counts):
                     raise error
-        raise OutOfBlocksError(
-            f"request {request_id!r}: {num_tokens} more tokens do not fit into {self._control.num_free()} free blocks "
-            f"of {self.config.block_size} tokens (pool: {self.config.pool_blocks})"
-        )
-
-    def _rows_for(self, ids: Sequence[str], freed_rows: Sequence[int]) -> tuple[np.ndarray, list[str]]:
-        """Rows i32[n] of ``ids``, new ones taken from the unused and the about-to-be-freed; nothing changes yet."""
-        new = [request_id for request_id in ids if request_id not in self._rows]
-        unused = [*freed_rows, *self._unused_rows]
-        if len(new) > len(unused):
-            raise TooManyRequestsError(
-                f"{len(new)} new requests with {len(unused)} of {self.config.max_num_reqs} rows unused: "
-                f"free some, or raise max_num_reqs"
+        else:
+            raise OutOfBlocksError(
+                f"request {request_id!r}: {num_tokens} more tokens do not fit into {self.get_num_free_blocks()} free "
+                f"blocks of {self.config.block_size} tokens (pool: {self.config.pool_blocks})"
             )
-        taken = dict(zip(new, reversed(unused), strict=False))
-        return np.array([self._rows.get(i, taken.get(i, -1)) for i in ids], np.int32), new
-
-    def _remember(self, ids: Sequence[str], rows: np.ndarray, new: Sequence[str], ok: np.ndarray) -> None:
-        if new:
-            served = {i: int(row) for i, row, granted in zip(ids, rows, ok, strict=True) if granted}
-            taken = {i: served[i] for i in new if i in served}
-            self._rows.update(taken)
-            rows_taken = set(taken.values())
-            self._unused_rows = [row for row in self._unused_rows if row not in rows_taken]
-
-    def _forget(self, ids: Sequence[str]) -> None:
-        self._unused_rows.extend(self._rows.pop(request_id) for request_id in ids)
-
-    def _row_of(self, request_id: str) -> int:
-        try:
-            return self._rows[request_id]
-        except (KeyError, TypeError):
-            raise UnknownRequestError(
-                f"request {request_id!r}: unknown, want one of the {len(self._rows)} that hold blocks"
-            ) from None
-
-    def _check_lengths(self, ids: Sequence[str], rows: np.ndarray, counts: np.ndarray) -> None:
-        new = np.array([request_id not in self._rows for request_id in ids], bool)
-        totals = np.where(new, 0, self._control.lengths()[rows]) + counts
-        limit = min(self.config.max_model_len, self.config.pool_blocks * self.config.block_size)
-        if (totals > limit).any():
-            worst = int(totals.argmax())
-            raise RequestTooLongError(
-                f"request {ids[worst]!r}: would hold {totals[worst]} tokens, want at most {limit} "
-                f"(max_model_len {self.config.max_model_len}, pool {self.config.pool_blocks} blocks of "
-                f"{self.config.block_size})"
-            )
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return math.ceil(num_tokens / self.config.block_size)
+        if self._callbacks.has_thresholds:
+            self._trigger_memory_pressure()
+        return blocks
 
 
 def create_kv_cache_manager(
@@ -331,55 +484,22 @@ def create_kv_cache_manager(
     device: DeviceType | None = None,
     max_num_reqs: int = 256,
     max_model_len: int = 4096,
+    options: ManagerOptions = ManagerOptions(),
 ) -> KVCacheManager:
-    """A manager in one line. See ``KVCacheConfig`` for the arguments and the errors."""
-    return KVCacheManager(
-        KVCacheConfig(
-            num_layers=num_layers,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            dtype=dtype,
-            device=device,
-            max_num_reqs=max_num_reqs,
-            max_model_len=max_model_len,
-        )
+    """A manager in one line. See ``KVCacheConfig`` and ``ManagerOptions`` for the arguments and the errors."""
+    config = KVCacheConfig(
+        num_layers=num_layers,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        dtype=dtype,
+        device=device,
+        max_num_reqs=max_num_reqs,
+        max_model_len=max_model_len,
     )
+    return KVCacheManager(config, options)
 
 
-def _counts(values: ArrayLike, n: int) -> np.ndarray:
-    """``values`` as i64[n] counts.
-
-    Raises:
-        InvalidArgumentError: negative, not integers, or not n of them.
-    """
-    array = np.asarray(values)
-    if array.size == 0 and n == 0:
-        return np.zeros(0, np.int64)
-    if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
-        raise InvalidArgumentError(f"token counts: got {_shown(values)}, want {n} integers of at least 0")
-    if (array < 0).any():
-        raise InvalidArgumentError(f"token counts: got {array[array < 0][0]}, want integers of at least 0")
-    return array.astype(np.int64)
-
-
-def _shown(values: object) -> str:
-    return repr(values) if isinstance(values, numbers.Number) else repr(values)[:80]
-
-
-def _check_distinct(ids: Sequence[str]) -> None:
-    if len(set(ids)) != len(ids):
-        twice = next(request_id for request_id in ids if ids.count(request_id) > 1)
-        raise DuplicateRequestError(f"request {twice!r}: named twice in one step, want each id once")
-
-
-def _check_padding(counts: np.ndarray, num_rows: int, num_tokens: int | None) -> None:
-    if len(counts) > num_rows:
-        raise InvalidArgumentError(f"num_rows: got {num_rows} for {len(counts)} requests, want at least as many")
-    if num_tokens is None and (counts > 1).any():
-        raise InvalidArgumentError(
-            f"num_new_tokens: got {counts.max()} in decode layout, want at most 1 a request, or num_tokens=..."
-        )
-    if num_tokens is not None and counts.sum() > num_tokens:
-        raise InvalidArgumentError(f"num_tokens: got {num_tokens} for {counts.sum()} tokens, want at least as many")
+__all__ = ["KVCacheManager", "MemoryPressure", "PreemptionMode", "create_kv_cache_manager"]
+_ = Callable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Self
 
 import numpy as np
 
@@ -17,9 +18,12 @@ class StepPlan:
     Attributes:
         request_ids: as they were given.
         ok: bool[n], whether each request got its blocks. A refused one holds what it held before.
-        num_tokens: i32[n], new tokens granted: what was asked for, or 0 where refused.
+        num_tokens: i32[n], new tokens granted: what was asked for, or 0 where refused. Less for a request of known
+            tokens that this step admitted, where cached ones leave less to compute.
         metadata: of numpy arrays, ready to be passed to a jitted step. Row i is the i-th request; rows and tokens are
             padded to the sizes asked for. Tokens of the granted requests stand one after another.
+        num_cached_tokens: i32[n], tokens at the beginning of a request that this step admitted which are not to be computed:
+            found in the prefix cache, or brought back from host memory. 0 for requests that held blocks before.
         callback_errors: what memory-pressure callbacks raised during this step.
     """
 
@@ -27,19 +31,9 @@ class StepPlan:
     ok: np.ndarray
     num_tokens: np.ndarray
     metadata: AttentionMetadata
+    num_cached_tokens: np.ndarray
     callback_errors: tuple[CallbackError, ...] = ()
 
-
-@dataclasses.dataclass(frozen=True)
-class MemoryPressure:
-    """What a memory-pressure callback is told.
-
-    Attributes:
-        request_ids: requests that were refused for lack of blocks, most urgent first.
-        num_blocks_needed: blocks that would have served them.
-        num_blocks_free: blocks free now.
-    """
-
-    request_ids: tuple[str, ...]
-    num_blocks_needed: int
-    num_blocks_free: int
+    def with_errors(self, errors: tuple[CallbackError, ...]) -> Self:
+        """The same plan, and what callbacks raised."""
+        return dataclasses.replace(self, callback_errors=errors)

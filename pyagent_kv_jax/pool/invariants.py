@@ -13,16 +13,16 @@ from pyagent_kv_jax.pool.queues import Counters
 from pyagent_kv_jax.tables import BlockTable
 
 
-def check_invariants(pool: BlockPool, table: BlockTable | None = None) -> None:
+def check_invariants(pool: BlockPool, table: BlockTable | None = None, released: jax.Array | None = None) -> None:
     """Raise when ``pool``, or ``pool`` and ``table`` together, contradict themselves.
 
-    With plain values: one error that lists everything broken, with the first blocks (or rows) concerned. Traced: one
+    ``released`` i32[R] says how many leading columns of each row were given back, and are -1; None: none. With plain values: one error that lists everything broken, with the first blocks (or rows) concerned. Traced: one
     ``checkify.debug_check`` for each invariant, in ``checking()`` or not: this is here to check.
 
     Raises:
         InvalidBlockError: something is broken.
     """
-    broken = broken_invariants(pool, table) if is_concrete(pool, table) else _broken(pool, table)
+    broken = (broken_invariants if is_concrete(pool, table, released) else _broken)(pool, table, released)
     if not is_concrete(broken):
         for what, where in broken.items():
             checkify.debug_check(~jnp.any(where), f"{InvalidBlockError.__name__}: {what}")
@@ -33,10 +33,12 @@ def check_invariants(pool: BlockPool, table: BlockTable | None = None) -> None:
         raise InvalidBlockError(f"pool of {pool.num_blocks} blocks: " + "; ".join(lines))
 
 
-def _broken(pool: BlockPool, table: BlockTable | None = None) -> dict[str, jax.Array]:
+def _broken(
+    pool: BlockPool, table: BlockTable | None = None, released: jax.Array | None = None
+) -> dict[str, jax.Array]:
     """What is broken -> bool array, true where (by block, by row, or [1])."""
     broken = _broken_counts(pool) | _broken_queues(pool)
-    return broken if table is None else broken | _broken_rows(pool, table)
+    return broken if table is None else broken | _broken_rows(pool, table, released)
 
 
 broken_invariants = jax.jit(_broken)
@@ -79,9 +81,11 @@ def _broken_queues(pool: BlockPool) -> dict[str, jax.Array]:
     }
 
 
-def _broken_rows(pool: BlockPool, table: BlockTable) -> dict[str, jax.Array]:
+def _broken_rows(pool: BlockPool, table: BlockTable, released: jax.Array | None) -> dict[str, jax.Array]:
     num_blocks, width = pool.num_blocks, table.blocks.shape[1]
-    held = jnp.arange(width) < table.num_blocks[:, None]
+    released = jnp.zeros(table.num_rows, jnp.int32) if released is None else released
+    column = jnp.arange(width)
+    held = (column >= released[:, None]) & (column < table.num_blocks[:, None])
     inside = (table.blocks >= 0) & (table.blocks < num_blocks)
     named = jnp.where(held & inside, table.blocks, num_blocks)
     times = jnp.zeros(num_blocks, jnp.int32).at[named].add(1, mode="drop")
@@ -89,7 +93,7 @@ def _broken_rows(pool: BlockPool, table: BlockTable) -> dict[str, jax.Array]:
         "a row names what is no block": jnp.any(held & ~inside, axis=1),
         "a row is not padded with -1": jnp.any(~held & (table.blocks != -1), axis=1),
         "a row's count of blocks or tokens is out of range": (
-            (table.num_blocks < 0) | (table.num_blocks > width) | (table.num_tokens < 0)
+            (table.num_blocks < 0) | (table.num_blocks > width) | (table.num_tokens < 0) | (released > table.num_blocks)
         ),
         "rows name a block that is free": (times > 0) & (pool.ref_counts == 0),
         "rows share a block more often than it has references": (times > pool.ref_counts) & (pool.ref_counts > 0),
