@@ -87,6 +87,8 @@ def test_one_small_change_is_another_key(data, extras, tokens) -> None:
             CacheExtras(items=(MultimodalItem("b", 0, 1), MultimodalItem("a", 1, 1))),
         ),
         (CacheExtras(), CacheExtras(salt="a")),
+        (CacheExtras(salt="\ud800"), CacheExtras(salt="?")),
+        (CacheExtras(salt="\ud800"), CacheExtras(salt="\udc00")),
     ],
 )
 def test_fields_do_not_run_into_each_other(one: CacheExtras, two: CacheExtras) -> None:
