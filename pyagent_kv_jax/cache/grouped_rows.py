@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pyagent_kv_jax.cache.allocation import rows_of_groups
 from pyagent_kv_jax.config import BlockTableConfig, LayerGroup
@@ -70,8 +71,8 @@ class Hits(NamedTuple):
         columns: i32[B], columns of each request.
     """
 
-    blocks: jax.Array
-    columns: jax.Array
+    blocks: jax.Array | np.ndarray
+    columns: jax.Array | np.ndarray
 
 
 class Extension(NamedTuple):
@@ -94,7 +95,13 @@ class Extension(NamedTuple):
 
 
 def extend(
-    state: GroupedRows, rows: jax.Array, lens: jax.Array, *, capacity: int, hits: Hits | None = None, copies: bool = False
+    state: GroupedRows,
+    rows: jax.Array,
+    lens: jax.Array,
+    *,
+    capacity: int,
+    hits: Hits | None = None,
+    copies: bool = False,
 ) -> tuple[GroupedRows, Extension]:
     """Give each request its hits and room for ``lens`` more tokens, in the order of the batch, all or nothing.
 
@@ -192,9 +199,7 @@ def _named_hits(hits: Hits, num_groups: int) -> _NamedHits:
     return _NamedHits(ids, offsets_from_lengths(lengths), request, place // per_group, place % per_group)
 
 
-def release_out_of_sight(
-    state: GroupedRows, provisional: jax.Array | None = None, *, capacity: int
-) -> GroupedRows:
+def release_out_of_sight(state: GroupedRows, provisional: jax.Array | None = None, *, capacity: int) -> GroupedRows:
     """Give back the blocks that no later token of their group can see.
 
     Args:
@@ -206,7 +211,9 @@ def release_out_of_sight(
         return state
     table, config = state.table, state.table.config
     tokens = table.num_tokens.reshape(len(state.groups), -1) - (0 if provisional is None else provisional)
-    first = jnp.stack([first_column(group, tokens[g], config.block_size) for g, group in enumerate(state.groups)]).ravel()
+    first = jnp.stack(
+        [first_column(group, tokens[g], config.block_size) for g, group in enumerate(state.groups)]
+    ).ravel()
     wanted = jnp.clip(first - state.released, 0)
     ends = jnp.minimum(jnp.cumsum(wanted, dtype=jnp.int32), capacity)
     offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])

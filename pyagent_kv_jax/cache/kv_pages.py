@@ -183,9 +183,9 @@ class KVPages:
         return dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
 
     def gather_blocks(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """K and V of blocks ``ids`` i32[n] over the layers it spans, each [layers_per_group, n, num_heads, block_size, head_dim].
+        """K and V of blocks ``ids`` i32[n] over the layers they span.
 
-        As stored (raw bits for fp8); zeros for id -1.
+        Each [layers_per_group, n, num_heads, block_size, head_dim], as stored (raw bits for fp8); zeros for id -1.
         """
         pages = self.pages_of(ids)
         k, v = (

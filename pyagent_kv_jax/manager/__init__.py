@@ -1,6 +1,32 @@
 """Floor 4: request ids, callbacks and locks around the pytrees below."""
 
+from pyagent_kv_jax.manager.block_hash import BlockHasher, BlockKeys, CacheExtras, MultimodalItem
+from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
+from pyagent_kv_jax.manager.events import AllBlocksCleared, BlockRemoved, BlocksSwapped, BlockStored, EventLog
 from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager, create_kv_cache_manager
-from pyagent_kv_jax.manager.step_plan import MemoryPressure, StepPlan
+from pyagent_kv_jax.manager.manager_stats import ManagerStats
+from pyagent_kv_jax.manager.memory_pressure import MemoryPressure
+from pyagent_kv_jax.manager.options import ManagerOptions, PreemptionCost
+from pyagent_kv_jax.manager.prefix_cache import PrefixHit
+from pyagent_kv_jax.manager.step_plan import StepPlan
 
-__all__ = ["KVCacheManager", "MemoryPressure", "StepPlan", "create_kv_cache_manager"]
+__all__ = [
+    "AllBlocksCleared",
+    "BlockHasher",
+    "BlockKeys",
+    "BlockRemoved",
+    "BlockStored",
+    "BlocksSwapped",
+    "CacheExtras",
+    "DefragmentationReport",
+    "EventLog",
+    "KVCacheManager",
+    "ManagerOptions",
+    "ManagerStats",
+    "MemoryPressure",
+    "MultimodalItem",
+    "PreemptionCost",
+    "PrefixHit",
+    "StepPlan",
+    "create_kv_cache_manager",
+]

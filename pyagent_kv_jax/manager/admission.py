@@ -58,8 +58,7 @@ class Batch(NamedTuple):
         if self.num_tokens is None:
             if (counts > 1).any():
                 raise InvalidArgumentError(
-                    f"num_new_tokens: got {counts.max()} in decode layout, want at most 1 a request, "
-                    f"or num_tokens=..."
+                    f"num_new_tokens: got {counts.max()} in decode layout, want at most 1 a request, or num_tokens=..."
                 )
         elif counts.sum() > self.num_tokens:
             raise InvalidArgumentError(

@@ -117,13 +117,12 @@ class ControlPlane:
         self._flush_marks()
         size = _power_of_two(len(rows))
         hits = _padded_hits(hits, size)
-        blocks = -(-int(counts.sum()) // self._block_size) + 2 * len(rows)
         self._state, done = _admit(
             self._state,
             _padded(rows, size, -1),
             _padded(counts, size, 0),
             hits,
-            capacity=_power_of_two(blocks * len(self._groups)) + _num_hits(hits),
+            capacity=self._row_capacity * size + _num_hits(hits),
             copies=self.may_copy,
             only_blocks=only_blocks,
         )
@@ -134,9 +133,11 @@ class ControlPlane:
     def free(self, rows: list[int]) -> None:
         """Drop the references of whole rows."""
         self._flush_marks()
-        if rows:
-            held = int(self._held()[rows].sum()) * len(self._groups)
-            self._state = _free(self._state, self._mask(rows), capacity=_power_of_two(held))
+        while rows:
+            blocks = np.cumsum(self._held()[rows]) * len(self._groups)
+            fit = max(int(np.searchsorted(blocks, self._row_capacity, side="right")), 1)
+            self._state = _free(self._state, self._mask(rows[:fit]), capacity=self._row_capacity)
+            rows = rows[fit:]
 
     def truncate(self, rows: np.ndarray, num_tokens: np.ndarray) -> None:
         """Forget what rows hold past ``num_tokens`` i32[n], which is no more than they hold."""
@@ -147,7 +148,7 @@ class ControlPlane:
             self._state,
             _padded(rows, size, -1),
             _padded(num_tokens, size, 0),
-            capacity=_power_of_two(int(dropped.sum()) * len(self._groups)),
+            capacity=max(_power_of_two(int(dropped.sum()) * len(self._groups)), 64),
         )
 
     def fork(self, parent: int, child: int) -> None:
@@ -243,7 +244,7 @@ class ControlPlane:
         capacity = min(self._row_capacity, _FREED_IN_A_STEP)
         blocks = np.cumsum(self._held()[rows][::-1])[::-1] * len(self._groups)  # of this row and those after it
         first = int(np.searchsorted(-blocks, -capacity))
-        self.free(rows[:first]) if first else None
+        self.free(rows[:first])
         return rows[first:]
 
 

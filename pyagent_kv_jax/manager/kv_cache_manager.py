@@ -8,7 +8,7 @@ which block.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -499,7 +499,3 @@ def create_kv_cache_manager(
         max_model_len=max_model_len,
     )
     return KVCacheManager(config, options)
-
-
-__all__ = ["KVCacheManager", "MemoryPressure", "PreemptionMode", "create_kv_cache_manager"]
-_ = Callable

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+import jax
 import numpy as np
 
 from pyagent_kv_jax.cache.grouped_rows import Hits
@@ -143,12 +144,11 @@ class ManagerState:
             self._drafts[rows[counts > 0]] = drafts[counts > 0]
             self._expected[rows[counts > 0]] = 0
         if self.options.prefix_caching:
-            lengths = meta.kv_lens[: len(rows)] - (self._drafts[rows] if self._drafts.any() else 0)
-            tables = meta.block_tables if meta.block_tables.ndim == 3 else meta.block_tables[None]
-            self._enter(rows, lengths, tables)
-        return StepPlan(
-            batch.ids, ok, counts.astype(np.int32), meta, np.where(ok, cached, 0).astype(np.int32)
-        )
+            lengths, tables = np.asarray(meta.kv_lens)[: len(rows)], np.asarray(meta.block_tables)
+            if self._drafts.any():
+                lengths = lengths - self._drafts[rows]
+            self._enter(rows, lengths, tables if tables.ndim == 3 else tables[None])
+        return StepPlan(batch.ids, ok, counts.astype(np.int32), meta, np.where(ok, cached, 0).astype(np.int32))
 
     def admit(self, request_id: str, num_tokens: int) -> bool:
         """Admit a new request of ``num_tokens`` tokens in all, or extend one by as many; whether there was room."""
@@ -244,13 +244,13 @@ class ManagerState:
         if self.pages is None:  # nothing was ever written
             return
         if self.options.zero_on_free and len(done.new_ids):
-            self.pages = self.pages.clear_blocks(_padded(done.new_ids))
+            self.pages = _clear_blocks(self.pages, _padded(done.new_ids))
         if swap_ins:
             host, blocks = (np.concatenate(each) for each in zip(*swap_ins, strict=True))
             if len(host):
                 self.pages = self.swap.copy_in(self.pages, host, blocks)
         if len(src):
-            self.pages = self.pages.copy_blocks(_padded(src), _padded(dst))
+            self.pages = _copy_blocks(self.pages, _padded(src), _padded(dst))
 
     def _enter(self, rows: np.ndarray, lengths: np.ndarray, tables: np.ndarray) -> None:
         """Blocks that ``rows`` have filled can be hit from now on; ``tables`` i32[G, n, columns] names them."""
@@ -262,7 +262,9 @@ class ManagerState:
                 ids = tables[group, [i for i, *_ in full], [first for *_, first, _ in full]]
                 entered = self.prefixes.insert_many(group, [(keys, first) for _, keys, first, _ in full], ids)
             else:
-                runs = [self.prefixes.insert(group, k, first, tables[group, i, first:last]) for i, k, first, last in full]
+                runs = [
+                    self.prefixes.insert(group, k, first, tables[group, i, first:last]) for i, k, first, last in full
+                ]
                 entered = np.concatenate(runs)
             self.control.mark_cached(entered)
             if self.events.enabled:
@@ -275,7 +277,9 @@ class ManagerState:
             blocks = ids[start:end].tolist()
             digests = keys.digests[first + start : first + end]
             self.events.append(
-                BlockStored(group, tuple(blocks), tuple(digests), keys.parent_of(first + start), None, keys.extras.adapter)
+                BlockStored(
+                    group, tuple(blocks), tuple(digests), keys.parent_of(first + start), None, keys.extras.adapter
+                )
             )
 
     # -- giving back -------------------------------------------------------------------------------------------
@@ -430,7 +434,7 @@ class ManagerState:
             named = moved[cached[moved]]
             self.prefixes.remap(named, new_ids[named])
             if self.pages is not None:
-                self.pages = self.pages.copy_blocks(_padded(moved), _padded(new_ids[moved]))
+                self.pages = _copy_blocks(self.pages, _padded(moved), _padded(new_ids[moved]))
         return DefragmentationReport(len(moved), int(in_use.sum()), int((cached & ~in_use).sum()))
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -530,6 +534,10 @@ class ManagerState:
         """Tokens that the pool could ever hold of one request."""
         groups_of_all = max(sum(group.keeps_all for group in self.config.groups), 1)
         return self.config.pool_blocks // groups_of_all * self.config.block_size
+
+
+_copy_blocks = jax.jit(KVPages.copy_blocks, donate_argnums=0)
+_clear_blocks = jax.jit(KVPages.clear_blocks, donate_argnums=0)
 
 
 def _hits(starts: dict[int, Start], num_rows: int) -> Hits | None:

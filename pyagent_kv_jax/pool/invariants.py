@@ -16,7 +16,8 @@ from pyagent_kv_jax.tables import BlockTable
 def check_invariants(pool: BlockPool, table: BlockTable | None = None, released: jax.Array | None = None) -> None:
     """Raise when ``pool``, or ``pool`` and ``table`` together, contradict themselves.
 
-    ``released`` i32[R] says how many leading columns of each row were given back, and are -1; None: none. With plain values: one error that lists everything broken, with the first blocks (or rows) concerned. Traced: one
+    ``released`` i32[R] says how many leading columns of each row were given back, and are -1; None: none. With
+    plain values: one error that lists everything broken, with the first blocks (or rows) concerned. Traced: one
     ``checkify.debug_check`` for each invariant, in ``checking()`` or not: this is here to check.
 
     Raises:

@@ -234,7 +234,7 @@ class DenseCacheManager:
         self._lengths.update((i, int(n)) for i, n in zip(ids, lengths + counts, strict=True) if i in self._rows)
         counts = np.where(ok, counts, 0).astype(np.int32)
         metadata = self._metadata(rows, lengths, counts, ok, num_rows or len(ids), num_tokens)
-        return StepPlan(ids, ok, counts, metadata)
+        return StepPlan(ids, ok, counts, metadata, np.zeros(len(ids), np.int32))
 
     def _metadata(
         self,

@@ -62,7 +62,7 @@ def test_record_plays_back_who_held_what():
     def step(requests, ok, tables, kv_lens, free=()):
         n = np.zeros(len(requests), np.int32)
         meta = AttentionMetadata(np.array(tables), np.array(kv_lens), None, n, n, np.array(ok))
-        plan = StepPlan(tuple(r.request_id for r in requests), np.array(ok), n, meta)
+        plan = StepPlan(tuple(r.request_id for r in requests), np.array(ok), n, meta, np.zeros(len(requests), np.int32))
         record.add(Schedule(requests, n.tolist(), list(free)), plan)
 
     step([a], [True], [[2, 0, -1], [-1, -1, -1]], [6, 0])

@@ -299,7 +299,7 @@ def test_pages_are_donated_and_written_in_place(paged_engine):
     config = CONFIG.kv_cache_config(num_blocks=4096, block_size=16, max_num_reqs=4)
     engine = Engine(small_model(), KVCacheManager(config), EngineConfig(4, 16, row_buckets=(4,)))
     manager = engine.backend
-    meta = engine._cut(manager.step([], [], num_rows=4).metadata, 4, 4)
+    meta = manager.step([], [], num_rows=4).metadata.cut(4, 4)
     lowered = engine._step.run.lower(
         engine._weights,
         manager.pages,
