@@ -64,6 +64,20 @@ def test_nothing_is_lost_or_seen_twice_between_a_writer_and_a_reader() -> None:
     assert numbers[-1] == total - 1
 
 
+@pytest.mark.parametrize("call", [EventLog.drain, lambda log: log.append(event(2))], ids=["reader", "writer"])
+def test_each_side_waits_for_the_other(call) -> None:
+    log = EventLog(1)
+    log.append(event(1))
+    with log._lock:
+        other = threading.Thread(target=call, args=(log,))
+        other.start()
+        other.join(0.05)
+        assert other.is_alive()
+        assert len(log) == 1
+        assert log.num_dropped == 0
+    other.join()
+
+
 def test_events_are_values() -> None:
     stored = BlockStored(1, (4, 5), (b"a", b"b"), None, (1, 2), ("lora", "/path"))
     assert stored == dataclasses.replace(stored)

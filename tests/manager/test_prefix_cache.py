@@ -279,9 +279,7 @@ def test_a_search_looks_at_no_block_twice(data, size, questions) -> None:
     answer = 12
     for length in lengths:
         answer = search.longest(min(length, answer))
-    present = [index for index in asked if held[index]]
-    assert len(present) == len(set(present))
-    assert len(asked) - len(present) <= 12 + questions
+    assert len(asked) == len(set(asked))
 
 
 def test_a_single_full_group_stops_at_the_first_miss() -> None:
@@ -430,6 +428,7 @@ def test_sizes_that_cannot_work(arguments, match: str) -> None:
         lambda c: c._block_of[0].update({b"new": 1}),
         lambda c: c._block_of[1].update({next(iter(c._block_of[0])): 0}),
         lambda c: (c._block_of[0].update({b"new": 8}), c._key_of.update({8: b"new"})),
+        lambda c: c._block_of[0].update({b"new": 3}),  # beside its true key in group 1
         lambda c: c._node_of.pop(1),
     ],
 )
