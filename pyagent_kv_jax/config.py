@@ -161,7 +161,7 @@ class LayerGroup:
         _require_positive(self, *(name for name in ("sliding_window", "chunk_size") if getattr(self, name) is not None))
         if self.sliding_window is not None and self.chunk_size is not None:
             raise ConfigError(
-                f"LayerGroup: got sliding_window {self.sliding_window} and chunk_size {self.chunk_size}, want one of both"
+                f"LayerGroup: got sliding_window {self.sliding_window} and chunk_size {self.chunk_size}, want one"
             )
 
     @property

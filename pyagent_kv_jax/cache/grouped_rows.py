@@ -1,7 +1,7 @@
 """Requests whose layers keep different tokens: a pool and one table of rows for each layer group, moving together.
 
-The G groups' tables are one ``BlockTable`` of G * R rows: request r has row ``g * R + r`` for group g. All its rows hold
-the same tokens, and column c of each stands for the same positions, so a request needs as many blocks of every group;
+The G groups' tables are one ``BlockTable`` of G * R rows: request r has row ``g * R + r`` for group g. All its rows
+hold the same tokens, and column c of each stands for the same positions, so a request needs as many blocks of every group;
 it gets all of them or none. Columns that a group can no longer see (left of its window) have been given back and
 are -1. Pure functions over a whole batch; ``allocation.py`` is the plain case of one group.
 """
@@ -83,8 +83,8 @@ class Extension(NamedTuple):
         new_ids: i32[capacity], every block given that was no hit; padding -1.
         evicted: bool[capacity], those of them whose cached content was given up.
         copy_src: i32[G * B], shared blocks that are written next; -1 for none.
-        copy_dst: i32[G * B], the request's own blocks that take their place, their content to be copied from ``copy_src``
-            before anything is written; -1 for none. None, like ``copy_src``, where ``extend`` was not asked to copy.
+        copy_dst: i32[G * B], the request's own blocks that take their place, their content to be copied from
+            ``copy_src`` before anything is written; -1 for none. Both None where ``extend`` was not asked to copy.
     """
 
     ok: jax.Array

@@ -81,7 +81,7 @@ class CacheExtras:
             raise InvalidArgumentError(f"items: got {self.items!r}, want a tuple of MultimodalItem")
 
 
-_NO_EXTRAS = CacheExtras()
+NO_EXTRAS = CacheExtras()
 
 
 class ChainNode:
@@ -119,14 +119,14 @@ class BlockHasher:
         if not isinstance(self.block_size, int) or self.block_size < 1:
             raise ConfigError(f"block_size: got {self.block_size!r}, want an integer of at least 1")
         object.__setattr__(self, "digest_of", _digest_function(self.algorithm))
-        object.__setattr__(self, "_plain_root", self._root(_NO_EXTRAS))
+        object.__setattr__(self, "_plain_root", self._root(NO_EXTRAS))
 
     @property
     def is_collision_resistant(self) -> bool:
         """Whether equal keys prove equal content."""
         return self.algorithm == "sha256"
 
-    def start(self, extras: CacheExtras = _NO_EXTRAS) -> BlockKeys:
+    def start(self, extras: CacheExtras = NO_EXTRAS) -> BlockKeys:
         """The keys of a request, none yet."""
         is_plain = extras.salt is None and extras.adapter is None
         root, payload = self._plain_root if is_plain else self._root(extras)

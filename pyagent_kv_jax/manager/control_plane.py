@@ -152,7 +152,7 @@ class ControlPlane:
         )
 
     def fork(self, parent: int, child: int) -> None:
-        """The empty row ``child`` shares all that ``parent`` holds; blocks that are not full are copied when written."""
+        """The empty row ``child`` shares what ``parent`` holds; a block that is not full is copied when written."""
         self._flush_marks()
         self.may_copy = True
         self._state = _fork(self._state, np.int32(parent), np.int32(child))

@@ -1,8 +1,8 @@
 """``KVCacheManager``: request ids, prefix cache, swap space and callbacks around one pool and its tables.
 
-The pool and the tables are pytrees on the host's XLA CPU device; a step is one jitted dispatch over them, donated under
-the lock. The manager adds what arrays cannot hold (ids, block keys, callbacks, events), and no second record of who owns
-which block.
+The pool and the tables are pytrees on the host's XLA CPU device; a step is one jitted dispatch over them, donated
+under the lock. The manager adds what arrays cannot hold (ids, block keys, callbacks, events), and no second record of
+who owns which block.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pyagent_kv_jax.errors import (
     UnknownRequestError,
 )
 from pyagent_kv_jax.manager.admission import Batch, token_counts, token_ids
-from pyagent_kv_jax.manager.block_hash import CacheExtras
+from pyagent_kv_jax.manager.block_hash import NO_EXTRAS, CacheExtras
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
 from pyagent_kv_jax.manager.events import EventLog
 from pyagent_kv_jax.manager.manager_state import ManagerState
 from pyagent_kv_jax.manager.manager_stats import ManagerStats
-from pyagent_kv_jax.manager.memory_pressure import MemoryPressure, PressureCallback, PressureCallbacks
-from pyagent_kv_jax.manager.options import ManagerOptions
+from pyagent_kv_jax.manager.memory_pressure import PressureCallback, PressureCallbacks
+from pyagent_kv_jax.manager.options import DEFAULT_OPTIONS, ManagerOptions
 from pyagent_kv_jax.manager.prefix_cache import PrefixHit
 from pyagent_kv_jax.manager.step_plan import StepPlan
 
@@ -51,7 +51,7 @@ class KVCacheManager:
     in one call.
     """
 
-    def __init__(self, config: KVCacheConfig, options: ManagerOptions = ManagerOptions()) -> None:
+    def __init__(self, config: KVCacheConfig, options: ManagerOptions = DEFAULT_OPTIONS) -> None:
         """Build an empty pool; the pages are made when first asked for.
 
         Raises:
@@ -89,7 +89,7 @@ class KVCacheManager:
         request_id: str,
         tokens: ArrayLike,
         *,
-        extras: CacheExtras = CacheExtras(),
+        extras: CacheExtras = NO_EXTRAS,
         read_prefix_cache: bool = True,
     ) -> None:
         """Tell the tokens of a request that will come, so that it can share blocks. It holds nothing yet.
@@ -120,7 +120,7 @@ class KVCacheManager:
 
         Args:
             request_ids: n ids, one token each; or one id (a string), any number of tokens.
-            tokens: i32[n], or those of the one. Tokens of a request that was never added are of no use, and passed over.
+            tokens: i32[n], or those of the one. Tokens of a request that was never added are passed over.
 
         Raises:
             UnknownRequestError: an id that holds no blocks.
@@ -317,7 +317,7 @@ class KVCacheManager:
         with self._lock:
             self._state.reset_prefix_cache()
 
-    def evict_prefix(self, tokens: ArrayLike, *, extras: CacheExtras = CacheExtras()) -> int:
+    def evict_prefix(self, tokens: ArrayLike, *, extras: CacheExtras = NO_EXTRAS) -> int:
         """Forget the cached blocks of this very prefix (its full blocks), in all groups; how many there were.
 
         Raises:
@@ -484,7 +484,7 @@ def create_kv_cache_manager(
     device: DeviceType | None = None,
     max_num_reqs: int = 256,
     max_model_len: int = 4096,
-    options: ManagerOptions = ManagerOptions(),
+    options: ManagerOptions = DEFAULT_OPTIONS,
 ) -> KVCacheManager:
     """A manager in one line. See ``KVCacheConfig`` and ``ManagerOptions`` for the arguments and the errors."""
     config = KVCacheConfig(

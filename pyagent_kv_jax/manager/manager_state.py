@@ -506,11 +506,10 @@ class ManagerState:
                 )
 
     def _check_committed(self, ids: tuple[str, ...], rows: np.ndarray) -> None:
-        if self._drafts[rows].any():
-            at = int(np.argmax(self._drafts[rows] > 0))
-            if ids[at] in self.rows:
+        for i in np.flatnonzero(self._drafts[rows]).tolist():
+            if ids[i] in self.rows:  # else it is to have the row of one that is about to be freed
                 raise InvalidArgumentError(
-                    f"request {ids[at]!r}: got {self._drafts[rows[at]]} drafts that are not committed, want commit() first"
+                    f"request {ids[i]!r}: got {self._drafts[rows[i]]} drafts not committed yet, want commit() first"
                 )
 
     def _check_lengths(

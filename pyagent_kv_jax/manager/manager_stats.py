@@ -29,7 +29,7 @@ class ManagerStats:
         num_swapped_in: requests, so far.
         num_recomputed: requests preempted to be computed again, so far.
         padding_bytes: memory in the blocks held that belongs to no layer, where groups are of different sizes.
-        empty_slot_share: slots of held blocks that hold no token yet, by all slots of held blocks; 0.0 if none are held.
+        empty_slot_share: slots of held blocks without a token yet, by all slots of held blocks; 0.0 if none are held.
     """
 
     num_blocks: int

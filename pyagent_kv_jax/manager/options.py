@@ -69,3 +69,6 @@ class ManagerOptions:
                 raise ConfigError(f"ManagerOptions.{name}: got {value!r}, want an integer of at least 0")
         if not self.callback_timeout > 0:
             raise ConfigError(f"ManagerOptions.callback_timeout: got {self.callback_timeout!r}, want a positive number")
+
+
+DEFAULT_OPTIONS = ManagerOptions()

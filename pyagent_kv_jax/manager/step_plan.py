@@ -22,8 +22,8 @@ class StepPlan:
             tokens that this step admitted, where cached ones leave less to compute.
         metadata: of numpy arrays, ready to be passed to a jitted step. Row i is the i-th request; rows and tokens are
             padded to the sizes asked for. Tokens of the granted requests stand one after another.
-        num_cached_tokens: i32[n], leading tokens of a request that this step admitted which are not to be computed: found
-            in the prefix cache, or brought back from host memory. 0 for requests that held blocks before.
+        num_cached_tokens: i32[n], leading tokens of a request that this step admitted that are not to be computed:
+            found in the prefix cache, or brought back from host memory. 0 for requests that held blocks before.
         callback_errors: what memory-pressure callbacks raised during this step.
     """
 

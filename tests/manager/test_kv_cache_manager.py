@@ -43,9 +43,9 @@ def make_manager(num_blocks: int = 12, max_num_reqs: int = 4, max_model_len: int
 
 def snapshot(manager: KVCacheManager) -> dict[str, object]:
     return {
-        "arrays": [np.array(leaf) for leaf in jax.tree.leaves(manager._control._state)],
-        "rows": dict(manager._rows),
-        "unused": list(manager._unused_rows),
+        "arrays": [np.array(leaf) for leaf in jax.tree.leaves(manager._state.control.state)],
+        "rows": dict(manager._state.rows._rows),
+        "unused": list(manager._state.rows._unused),
     }
 
 
