@@ -9,8 +9,26 @@ Which tier do I want?
 """
 
 from pallas_kernels import checking
-from pyagent_kv_jax.cache import AttentionMetadata, KVPages, LayerCache, PagedKVCache
-from pyagent_kv_jax.config import BlockTableConfig, DeviceType, DType, KVCacheConfig, free_memory_bytes
+from pyagent_kv_jax.cache import (
+    AttentionMetadata,
+    BlockInfo,
+    KVCacheAllocator,
+    KVCacheBlock,
+    KVCacheBlocks,
+    KVCacheTransfer,
+    KVPages,
+    LayerCache,
+    PagedKVCache,
+)
+from pyagent_kv_jax.config import (
+    BlockTableConfig,
+    DeviceType,
+    DType,
+    KVCacheConfig,
+    LayerGroup,
+    free_memory_bytes,
+    group_layers,
+)
 from pyagent_kv_jax.errors import (
     CallbackError,
     ConfigError,
@@ -27,33 +45,57 @@ from pyagent_kv_jax.errors import (
     TooManyRequestsError,
     UnknownRequestError,
 )
-from pyagent_kv_jax.manager import KVCacheManager, MemoryPressure, StepPlan, create_kv_cache_manager
+from pyagent_kv_jax.manager import (
+    CacheExtras,
+    DefragmentationReport,
+    KVCacheManager,
+    ManagerOptions,
+    ManagerStats,
+    MemoryPressure,
+    MultimodalItem,
+    PreemptionCost,
+    StepPlan,
+    create_kv_cache_manager,
+)
 from pyagent_kv_jax.pool import BlockPool
-from pyagent_kv_jax.tables import BlockTable, SlotMapping
+from pyagent_kv_jax.tables import BlockTable, CpuGpuBuffer, SlotMapping
 
 __all__ = [
     "AttentionMetadata",
+    "BlockInfo",
     "BlockPool",
     "BlockTable",
     "BlockTableConfig",
+    "CacheExtras",
     "CallbackError",
     "ConfigError",
+    "CpuGpuBuffer",
     "DType",
+    "DefragmentationReport",
     "DeviceType",
     "DeviceUnavailableError",
     "DoubleFreeError",
     "DuplicateRequestError",
     "InvalidArgumentError",
     "InvalidBlockError",
+    "KVCacheAllocator",
+    "KVCacheBlock",
+    "KVCacheBlocks",
     "KVCacheConfig",
     "KVCacheError",
     "KVCacheManager",
+    "KVCacheTransfer",
     "KVPages",
     "LayerCache",
+    "LayerGroup",
+    "ManagerOptions",
+    "ManagerStats",
     "MemoryPressure",
     "ModelLoadError",
+    "MultimodalItem",
     "OutOfBlocksError",
     "PagedKVCache",
+    "PreemptionCost",
     "RequestTooLongError",
     "ShapeMismatchError",
     "SlotMapping",
@@ -63,4 +105,5 @@ __all__ = [
     "checking",
     "create_kv_cache_manager",
     "free_memory_bytes",
+    "group_layers",
 ]

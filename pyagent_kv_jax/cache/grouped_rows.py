@@ -1,8 +1,8 @@
 """Requests whose layers keep different tokens: a pool and one table of rows for each layer group, moving together.
 
 The G groups' tables are one ``BlockTable`` of G * R rows: request r has row ``g * R + r`` for group g. All its rows
-hold the same tokens, and column c of each stands for the same positions, so a request needs as many blocks of every group;
-it gets all of them or none. Columns that a group can no longer see (left of its window) have been given back and
+hold the same tokens, and column c of each stands for the same positions, so a request needs as many blocks of every
+group; it gets all of them or none. Columns that a group can no longer see (left of its window) have been given back and
 are -1. Pure functions over a whole batch; ``allocation.py`` is the plain case of one group.
 """
 
@@ -187,7 +187,7 @@ class _NamedHits(NamedTuple):
 
 def _named_hits(hits: Hits, num_groups: int) -> _NamedHits:
     size, num_requests = hits.blocks.shape[0], hits.columns.shape[0]
-    starts = offsets_from_lengths(hits.columns * num_groups)
+    starts = offsets_from_lengths(jnp.asarray(hits.columns) * num_groups)
     request = rows_of_entries(starts, size)
     safe = jnp.minimum(request, num_requests - 1)
     place = jnp.arange(size, dtype=jnp.int32) - starts[safe]

@@ -1,6 +1,7 @@
 """Floor 1: from a position in a sequence to a block, and to the slot in it."""
 
 from pyagent_kv_jax.tables.block_table import BlockTable
+from pyagent_kv_jax.tables.cpu_gpu_buffer import CpuGpuBuffer
 from pyagent_kv_jax.tables.rows import (
     RowBlocks,
     append_rows,
@@ -21,6 +22,7 @@ from pyagent_kv_jax.tables.slot_mapping import (
 __all__ = [
     "BlockTable",
     "ContextParallel",
+    "CpuGpuBuffer",
     "RowBlocks",
     "SlotMapping",
     "StepTokens",

@@ -69,7 +69,7 @@ class ManagerMachine(RuleBasedStateMachine):
         )
         options = ManagerOptions(num_host_blocks=HOST_BLOCKS, hash_algorithm=algorithm, zero_on_free=zero)
         self.groups, self.manager = config.groups, KVCacheManager(config, options)
-        self.manager.pages
+        assert self.manager.pages is not None
         self.requests: dict[str, Known] = {}
 
     def at(self, place: str) -> list[str]:
@@ -245,7 +245,7 @@ class ManagerMachine(RuleBasedStateMachine):
             assert self.manager.num_tokens(name) == known.computed
             for layer in range(2):
                 group = self.groups[self.group_of(layer)]
-                table = np.array(self.manager.get_block_table(name, layer))
+                table = np.array(self.manager.get_block_table(name, layer), np.int32)
                 first = 0 if group.sliding_window is None else max(known.computed - group.sliding_window + 1, 0)
                 positions = np.arange(first, known.computed)
                 span = group.layers.index(layer) * BLOCKS
