@@ -10,10 +10,12 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTAL
 
 
 def test_examples_run_one_after_another() -> None:
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
     names: dict[str, object] = {}
     for example in EXAMPLES:
         exec(compile(example, str(README), "exec"), names)
     assert names["tokens"].shape == (8,)
     assert names["cache"].table.num_tokens.tolist() == [1] * 8
+    assert [plan.num_cached_tokens.tolist() for plan in names["plans"]] == [[0], [96]]
+    assert [plan.num_tokens.tolist() for plan in names["plans"]] == [[100], [4]]
     assert [len(result.token_ids) for result in names["results"]] == [16, 16]

@@ -251,7 +251,7 @@ def _digest_function(algorithm: str | Callable[[bytes], bytes]) -> Callable[[byt
             import xxhash
         except ImportError as error:
             raise ConfigError(
-                "algorithm: got 'xxh3_128', which needs the package xxhash (pip install xxhash)"
+                "algorithm: got 'xxh3_128', which needs the package xxhash (the extra 'xxhash')"
             ) from error
         return xxhash.xxh3_128_digest
     if callable(algorithm):

@@ -23,7 +23,6 @@ class BlockStored:
         group: layer group.
         block_ids, keys: one each a block, in the order of the chain.
         parent_key: key of the block before the first; None at the start of a request.
-        token_ids: the blocks' tokens, where the log was asked to carry them.
         adapter: (name, path) of the LoRA adapter the blocks were computed with.
     """
 
@@ -31,7 +30,6 @@ class BlockStored:
     block_ids: tuple[int, ...]
     keys: tuple[bytes, ...]
     parent_key: bytes | None
-    token_ids: tuple[int, ...] | None = None
     adapter: tuple[str, str] | None = None
 
 

@@ -277,9 +277,7 @@ class ManagerState:
             blocks = ids[start:end].tolist()
             digests = keys.digests[first + start : first + end]
             self.events.append(
-                BlockStored(
-                    group, tuple(blocks), tuple(digests), keys.parent_of(first + start), None, keys.extras.adapter
-                )
+                BlockStored(group, tuple(blocks), tuple(digests), keys.parent_of(first + start), keys.extras.adapter)
             )
 
     # -- giving back -------------------------------------------------------------------------------------------

@@ -45,7 +45,6 @@ class ManagerOptions:
         preemption_cost: what decides between swapping and computing again.
         zero_on_free: overwrite with zeros what a block held before, ahead of its next holder.
         event_capacity: unread events kept for ``KVCacheManager.events``. 0: no events.
-        events_with_tokens: whether ``BlockStored`` carries the tokens.
         callback_timeout: seconds a memory-pressure callback may take before the manager goes on without it.
 
     Raises:
@@ -59,7 +58,6 @@ class ManagerOptions:
     preemption_cost: PreemptionCost = PreemptionCost()
     zero_on_free: bool = False
     event_capacity: int = 0
-    events_with_tokens: bool = False
     callback_timeout: float = 1.0
 
     def __post_init__(self) -> None:

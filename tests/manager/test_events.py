@@ -82,7 +82,7 @@ def test_events_are_values() -> None:
     stored = BlockStored(1, (4, 5), (b"a", b"b"), None, (1, 2), ("lora", "/path"))
     assert stored == dataclasses.replace(stored)
     assert len({stored, BlockRemoved(1, (4,), (b"a",)), AllBlocksCleared(), AllBlocksCleared()}) == 3
-    assert BlockStored(0, (1,), (b"k",), b"p").token_ids is None
+    assert BlockStored(0, (1,), (b"k",), b"p").adapter is None
     with pytest.raises(dataclasses.FrozenInstanceError):
         stored.group = 2
 
