@@ -79,7 +79,7 @@ def test_each_side_waits_for_the_other(call) -> None:
 
 
 def test_events_are_values() -> None:
-    stored = BlockStored(1, (4, 5), (b"a", b"b"), None, (1, 2), ("lora", "/path"))
+    stored = BlockStored(1, (4, 5), (b"a", b"b"), None, ("lora", "/path"))
     assert stored == dataclasses.replace(stored)
     assert len({stored, BlockRemoved(1, (4,), (b"a",)), AllBlocksCleared(), AllBlocksCleared()}) == 3
     assert BlockStored(0, (1,), (b"k",), b"p").adapter is None

@@ -11,7 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pyagent_kv_jax import KVCacheConfig, KVCacheManager, OutOfBlocksError, TooManyRequestsError
+from pyagent_kv_jax import KVCacheConfig, KVCacheManager, LayerGroup, OutOfBlocksError, TooManyRequestsError
+from pyagent_kv_jax.cache.grouped_rows import Hits
 from pyagent_kv_jax.manager import control_plane
 
 BLOCK, BLOCKS, ROWS, LONGEST = 4, 11, 5, 24
@@ -154,16 +155,33 @@ def test_freeing_more_rows_than_one_call_has_room_for() -> None:
     manager.check_invariants()
 
 
-def test_the_control_state_is_updated_in_place() -> None:
-    """1,000,000 blocks: a step's temporaries do not grow with the pool."""
-    config = dataclasses.replace(CONFIG, num_blocks=1_000_000, max_num_reqs=256, max_model_len=4096)
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("num_hits", [0, 512])
+@pytest.mark.parametrize("windows", [(None,), (64, None)])
+def test_the_control_state_is_updated_in_place(windows: tuple[int | None, ...], num_hits: int, copies: bool) -> None:
+    """1,000,000 blocks: a step's temporaries do not grow with the pool, whatever it does."""
+    groups = tuple(LayerGroup((layer,), sliding_window=window) for layer, window in enumerate(windows))
+    config = dataclasses.replace(
+        CONFIG, num_layers=len(groups), layer_groups=groups, num_blocks=1_000_000, max_num_reqs=256, max_model_len=4096
+    )
     plane = control_plane.ControlPlane(config)
-    rows, counts, mask = np.arange(256, dtype=np.int32), np.ones(256, np.int32), np.zeros(256, bool)
+    batch, mask, marks = np.zeros((3, 256), np.int32), np.zeros(256, bool), np.zeros(256, np.int32)
+    hits = Hits(np.zeros(num_hits, np.int32), np.zeros(256, np.int32)) if num_hits else None
     lowered = control_plane._step.lower(
-        plane._state, rows, counts, mask, free_capacity=1024, capacity=256, num_tokens=None
+        plane._state,
+        batch,
+        mask,
+        marks,
+        hits,
+        np.zeros(256, np.int32),
+        free_capacity=1024,
+        release_capacity=1024,
+        capacity=1024,
+        num_tokens=None,
+        copies=copies,
     )
     memory = lowered.compile().memory_analysis()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(plane._state))
     assert memory.alias_size_in_bytes >= size
-    batch_tables = 256 * 1024 * 4
+    batch_tables = 256 * 1024 * 4 * len(groups)
     assert memory.temp_size_in_bytes < 2 * batch_tables
