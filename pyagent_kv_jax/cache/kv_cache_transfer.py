@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,9 +11,10 @@ import numpy as np
 
 from pyagent_kv_jax.cache.block_views import KVCacheBlock
 from pyagent_kv_jax.cache.host_pages import HostPages, checked_pairs, swap_in, swap_out
-from pyagent_kv_jax.cache.kv_pages import KVPages
+from pyagent_kv_jax.cache.kv_pages import KVPages, copy_blocks_in_place
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.errors import InvalidBlockError
+from pyagent_kv_jax.tables.padding import padded
 
 BlockIds = int | KVCacheBlock | Sequence[int | KVCacheBlock] | np.ndarray | jax.Array
 """One block or several: an id, a view, a list of either, or i32[n]; -1 is padding, and its pair is left out."""
@@ -78,12 +78,7 @@ class KVCacheTransfer:
             for name, blocks in (("src_blocks", src_blocks), ("dst_blocks", dst_blocks))
         )
         src_ids, dst_ids = checked_pairs(src, dst)
-        return _copy_blocks(pages, _padded(src_ids), _padded(dst_ids)) if len(src_ids) else pages
-
-
-@partial(jax.jit, donate_argnums=0)
-def _copy_blocks(pages: KVPages, src: jax.Array, dst: jax.Array) -> KVPages:
-    return pages.copy_blocks(src, dst)
+        return copy_blocks_in_place(pages, padded(src_ids), padded(dst_ids)) if len(src_ids) else pages
 
 
 def _ids(name: str, blocks: BlockIds, *, on_host: bool) -> np.ndarray:
@@ -99,8 +94,3 @@ def _ids(name: str, blocks: BlockIds, *, on_host: bool) -> np.ndarray:
         ids = [b.block_id if isinstance(b, KVCacheBlock) else b for b in blocks]
     ids = np.asarray(ids)
     return ids[None] if ids.ndim == 0 else ids
-
-
-def _padded(ids: np.ndarray) -> np.ndarray:
-    """To a power of two, with -1, so that few programs are compiled."""
-    return np.pad(ids, (0, (1 << (len(ids) - 1).bit_length()) - len(ids)), constant_values=-1)

@@ -242,6 +242,13 @@ class KVPages:
                 )
 
 
+copy_blocks_in_place = jax.jit(KVPages.copy_blocks, donate_argnums=0)
+"""``KVPages.copy_blocks`` as a call of its own, the pages donated."""
+
+clear_blocks_in_place = jax.jit(KVPages.clear_blocks, donate_argnums=0)
+"""``KVPages.clear_blocks`` likewise."""
+
+
 def page_shapes(config: KVCacheConfig) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """Shapes of the K and V page arrays, head_dim as stored."""
     pages = config.layers_per_group * config.pool_blocks

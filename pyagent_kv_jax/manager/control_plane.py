@@ -18,6 +18,7 @@ from pyagent_kv_jax.config import DeviceType, KVCacheConfig
 from pyagent_kv_jax.errors import InvalidBlockError
 from pyagent_kv_jax.pool import check_invariants
 from pyagent_kv_jax.pool.queues import Counters
+from pyagent_kv_jax.tables.padding import padded, power_of_two
 
 _FREED_IN_A_STEP = 1024  # blocks; longer rows are freed by a call of their own
 
@@ -51,6 +52,7 @@ class ControlPlane:
         self._groups = config.groups
         self._width = table_config.max_num_blocks_per_req
         self._row_capacity = self._width * len(self._groups)  # any one request fits
+        self._free_capacity = min(self._row_capacity, _FREED_IN_A_STEP)
         self._num_requests = table_config.max_num_reqs
         self._host = DeviceType.CPU.devices()[0]
         self._marks = np.zeros(0, np.int32)  # blocks whose content became worth keeping since the last call
@@ -99,10 +101,10 @@ class ControlPlane:
             self._state,
             _batch(rows, counts, restored, num_rows),
             self._mask(last),
-            _padded(self._take_marks(), marks_capacity, -1),
+            padded(self._take_marks(), marks_capacity),
             hits,
             provisional,
-            free_capacity=min(self._row_capacity, _FREED_IN_A_STEP) if last else 0,
+            free_capacity=self._free_capacity if last else 0,
             release_capacity=(num_rows + self._width) * len(self._groups),
             capacity=(new_blocks + self.may_copy * num_rows) * len(self._groups) + _num_hits(hits),
             num_tokens=num_tokens,
@@ -115,12 +117,12 @@ class ControlPlane:
     ) -> Extended:
         """Extend rows without computing slots; ``only_blocks``: they get the blocks, but not the tokens."""
         self._flush_marks()
-        size = _power_of_two(len(rows))
+        size = power_of_two(len(rows))
         hits = _padded_hits(hits, size)
         self._state, done = _admit(
             self._state,
-            _padded(rows, size, -1),
-            _padded(counts, size, 0),
+            padded(rows, size),
+            padded(counts, size, 0),
             hits,
             capacity=self._row_capacity * size + _num_hits(hits),
             copies=self.may_copy,
@@ -142,13 +144,13 @@ class ControlPlane:
     def truncate(self, rows: np.ndarray, num_tokens: np.ndarray) -> None:
         """Forget what rows hold past ``num_tokens`` i32[n], which is no more than they hold."""
         self._flush_marks()
-        size = _power_of_two(len(rows))
+        size = power_of_two(len(rows))
         dropped = self._held()[rows] - -(-num_tokens // self._block_size)
         self._state = _truncate(
             self._state,
-            _padded(rows, size, -1),
-            _padded(num_tokens, size, 0),
-            capacity=max(_power_of_two(int(dropped.sum()) * len(self._groups)), 64),
+            padded(rows, size),
+            padded(num_tokens, size, 0),
+            capacity=max(power_of_two(int(dropped.sum()) * len(self._groups)), 64),
         )
 
     def fork(self, parent: int, child: int) -> None:
@@ -167,7 +169,7 @@ class ControlPlane:
         """Forget the content of blocks ``ids`` i32[n]."""
         self._flush_marks()
         if len(ids):
-            self._state = _uncache(self._state, _padded(ids, _power_of_two(len(ids)), -1))
+            self._state = _uncache(self._state, padded(ids))
 
     def rearrange(self, moved: GroupedRows) -> None:
         """Put a state in place of this one; see ``defragmentation``."""
@@ -230,7 +232,7 @@ class ControlPlane:
     def _flush_marks(self) -> None:
         if len(self._marks):
             marks = self._take_marks()
-            self._state = _mark_cached(self._state, _padded(marks, _power_of_two(len(marks)), -1))
+            self._state = _mark_cached(self._state, padded(marks))
 
     def _mask(self, rows: list[int]) -> np.ndarray:
         mask = np.zeros(self._num_requests, bool)
@@ -241,9 +243,8 @@ class ControlPlane:
         """Free so many of ``rows`` that the rest fits into a step's capacity; the rest."""
         if not rows:
             return rows
-        capacity = min(self._row_capacity, _FREED_IN_A_STEP)
         blocks = np.cumsum(self._held()[rows][::-1])[::-1] * len(self._groups)  # of this row and those after it
-        first = int(np.searchsorted(-blocks, -capacity))
+        first = int(np.searchsorted(-blocks, -self._free_capacity))
         self.free(rows[:first])
         return rows[first:]
 
@@ -328,15 +329,11 @@ def _padded_hits(hits: Hits | None, num_rows: int) -> Hits | None:
     if hits is None:
         return None
     blocks = np.asarray(hits.blocks)
-    return Hits(_padded(blocks, _power_of_four(len(blocks)), -1), _padded(np.asarray(hits.columns), num_rows, 0))
+    return Hits(padded(blocks, _power_of_four(len(blocks))), padded(np.asarray(hits.columns), num_rows, 0))
 
 
 def _num_hits(hits: Hits | None) -> int:
     return 0 if hits is None else hits.blocks.shape[0]
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
 
 
 def _power_of_four(size: int) -> int:
@@ -350,9 +347,3 @@ def _batch(rows: np.ndarray, counts: np.ndarray, restored: np.ndarray | None, nu
     if restored is not None:
         batch[2, : len(rows)] = restored
     return batch
-
-
-def _padded(values: np.ndarray, size: int, fill: int) -> np.ndarray:
-    out = np.full(size, fill, np.int32)
-    out[: len(values)] = values
-    return out

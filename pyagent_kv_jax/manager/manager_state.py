@@ -10,11 +10,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import numpy as np
 
 from pyagent_kv_jax.cache.grouped_rows import Hits
-from pyagent_kv_jax.cache.kv_pages import KVPages
+from pyagent_kv_jax.cache.kv_pages import KVPages, clear_blocks_in_place, copy_blocks_in_place
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.errors import (
     DuplicateRequestError,
@@ -38,6 +37,7 @@ from pyagent_kv_jax.manager.prefix_statistics import PrefixStatistics
 from pyagent_kv_jax.manager.request_rows import RequestRows, check_distinct
 from pyagent_kv_jax.manager.step_plan import StepPlan
 from pyagent_kv_jax.manager.swap_space import SwappedRequest, SwapSpace
+from pyagent_kv_jax.tables.padding import padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,13 +244,13 @@ class ManagerState:
         if self.pages is None:  # nothing was ever written
             return
         if self.options.zero_on_free and len(done.new_ids):
-            self.pages = _clear_blocks(self.pages, _padded(done.new_ids))
+            self.pages = clear_blocks_in_place(self.pages, padded(done.new_ids))
         if swap_ins:
             host, blocks = (np.concatenate(each) for each in zip(*swap_ins, strict=True))
             if len(host):
                 self.pages = self.swap.copy_in(self.pages, host, blocks)
         if len(src):
-            self.pages = _copy_blocks(self.pages, _padded(src), _padded(dst))
+            self.pages = copy_blocks_in_place(self.pages, padded(src), padded(dst))
 
     def _enter(self, rows: np.ndarray, lengths: np.ndarray, tables: np.ndarray) -> None:
         """Blocks that ``rows`` have filled can be hit from now on; ``tables`` i32[G, n, columns] names them."""
@@ -432,7 +432,7 @@ class ManagerState:
             named = moved[cached[moved]]
             self.prefixes.remap(named, new_ids[named])
             if self.pages is not None:
-                self.pages = _copy_blocks(self.pages, _padded(moved), _padded(new_ids[moved]))
+                self.pages = copy_blocks_in_place(self.pages, padded(moved), padded(new_ids[moved]))
         return DefragmentationReport(len(moved), int(in_use.sum()), int((cached & ~in_use).sum()))
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -533,10 +533,6 @@ class ManagerState:
         return self.config.pool_blocks // groups_of_all * self.config.block_size
 
 
-_copy_blocks = jax.jit(KVPages.copy_blocks, donate_argnums=0)
-_clear_blocks = jax.jit(KVPages.clear_blocks, donate_argnums=0)
-
-
 def _hits(starts: dict[int, Start], num_rows: int) -> Hits | None:
     hit = {i: start.hit.blocks for i, start in starts.items() if start.hit.num_tokens}
     if not hit:
@@ -560,10 +556,3 @@ def _runs(chosen: np.ndarray) -> list[tuple[int, int]]:
     """(first, end) of each run of true entries."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
-
-
-def _padded(ids: np.ndarray) -> np.ndarray:
-    """Padded with -1 to a power of two, so that few programs are compiled."""
-    out = np.full(1 << max(len(ids) - 1, 0).bit_length(), -1, np.int32)
-    out[: len(ids)] = ids
-    return out

@@ -12,6 +12,7 @@ from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
 from pyagent_kv_jax.manager.known_tokens import TokenRecord
 from pyagent_kv_jax.pool import BlockPool
+from pyagent_kv_jax.tables.padding import padded, power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SwapSpace:
         out = np.full(wanted.shape, -1, np.int32)
         if count:
             assert self._pool is not None
-            self._pool, admitted = self._pool.allocate(np.array([count]), capacity=_power_of_two(count))
+            self._pool, admitted = self._pool.allocate(np.array([count]), capacity=power_of_two(count))
             out[wanted >= 0] = np.asarray(admitted.ids)[:count]
         return out
 
@@ -79,9 +80,7 @@ class SwapSpace:
         """Free host blocks."""
         if len(ids):
             assert self._pool is not None
-            padded = np.full(_power_of_two(len(ids)), -1, np.int32)
-            padded[: len(ids)] = ids
-            self._pool, _ = self._pool.free(padded)
+            self._pool, _ = self._pool.free(padded(ids))
 
     def copy_out(self, pages: KVPages, blocks: np.ndarray, host_blocks: np.ndarray) -> None:
         """Copy ``blocks`` i32[n] of ``pages`` into ``host_blocks`` i32[n]; asynchronous."""
@@ -93,7 +92,3 @@ class SwapSpace:
         """The pages, donated, with ``host_blocks`` i32[n] copied into ``blocks`` i32[n]; asynchronous."""
         assert self._transfer is not None
         return self._transfer.swap_in(pages, host_blocks, blocks)
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()

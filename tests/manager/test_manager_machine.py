@@ -97,7 +97,7 @@ class ManagerMachine(RuleBasedStateMachine):
             ids.append(name)
         for name in free:
             del self.requests[name]
-        counts, before = [], {}
+        counts = []
         for name in ids:
             known = self.requests[name]
             if known.place != "waiting" and known.computed == len(known.tokens) and len(known.tokens) < LONGEST:
@@ -106,7 +106,6 @@ class ManagerMachine(RuleBasedStateMachine):
                     self.manager.record_tokens([name], [known.tokens[-1]])
             most = len(known.tokens) - known.computed
             counts.append(data.draw(st.integers(0, most)))
-            before[name] = known.computed
         plan = self.manager.step(ids, counts, free=free, num_rows=ROWS, num_tokens=ROWS * LONGEST)
         free_blocks = self.manager.get_num_free_blocks()
         for i, name in enumerate(ids):
@@ -127,9 +126,9 @@ class ManagerMachine(RuleBasedStateMachine):
             known.place = "device"
             self.write(plan.metadata, i, known.tokens, known.computed, granted)
             known.computed += granted
-            self.record_the_missing(name, known, before[name])
+            self.record_the_missing(name, known)
 
-    def record_the_missing(self, name: str, known: Known, _: int) -> None:
+    def record_the_missing(self, name: str, known: Known) -> None:
         """A request that came back from the host may have chosen a token there."""
         row = self.manager._state.rows.row_of(name)
         record = self.manager._state.tokens.record_of(row)
