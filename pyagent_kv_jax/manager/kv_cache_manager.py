@@ -14,12 +14,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pyagent_kv_jax.arguments import integer
+from pyagent_kv_jax.cache.block_views import BlockInfo, KVCacheBlocks
 from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.config import DeviceType, DType, KVCacheConfig
 from pyagent_kv_jax.errors import (
     CallbackError,
     DuplicateRequestError,
     InvalidArgumentError,
+    InvalidBlockError,
     OutOfBlocksError,
     UnknownRequestError,
 )
@@ -360,11 +363,40 @@ class KVCacheManager:
             UnknownRequestError: ``request_id`` holds nothing here.
             InvalidArgumentError: no such layer.
         """
-        if not 0 <= layer_idx < self.config.num_layers:
-            raise InvalidArgumentError(f"layer_idx: got {layer_idx}, want 0 to {self.config.num_layers - 1}")
-        group = next(g for g, members in enumerate(self.config.groups) if layer_idx in members.layers)
+        group = self._group_of(layer_idx)
         with self._lock:
             return self._state.control.blocks_of(self._state.rows.row_of(request_id))[group].tolist()
+
+    def blocks(self, request_id: str, layer_idx: int = 0) -> KVCacheBlocks:
+        """The blocks a request holds now, in the order of its tokens: of the device, or of the host while swapped out.
+
+        Unlike ``get_block_table`` it leaves out the places whose block was given back.
+
+        Args:
+            request_id: of a request that holds blocks, here or there.
+            layer_idx: selects the layer's group.
+
+        Raises:
+            UnknownRequestError, InvalidArgumentError: as ``get_block_table``.
+        """
+        group = self._group_of(layer_idx)
+        with self._lock:
+            on_device, on_host = self._state.blocks_of(request_id)
+        return KVCacheBlocks(*(tuple(ids[ids >= 0].tolist()) for ids in (on_device[group], on_host[group])))
+
+    def block_info(self, block_id: int) -> BlockInfo:
+        """A block of the device's pool, and how many requests hold it now.
+
+        Raises:
+            InvalidBlockError: no block of the pool.
+            InvalidArgumentError: not an integer.
+        """
+        block, size = int(integer("block_id", block_id)), self.config.pool_blocks
+        if not 0 <= block < size:
+            raise InvalidBlockError(f"block_id: got {block}, want 0 to {size - 1}")
+        with self._lock:
+            references = int(self._state.control.ref_counts()[block])
+        return BlockInfo(block, references, self.config.device_type)
 
     def num_tokens(self, request_id: str) -> int:
         """Tokens the request holds.
@@ -451,6 +483,12 @@ class KVCacheManager:
         if all_served and not self._callbacks.has_thresholds:
             return []
         return self._callbacks.due(1.0 - self._state.num_free() / self.config.pool_blocks, not all_served)
+
+    def _group_of(self, layer_idx: int) -> int:
+        layer = int(integer("layer_idx", layer_idx))
+        if not 0 <= layer < self.config.num_layers:
+            raise InvalidArgumentError(f"layer_idx: got {layer}, want 0 to {self.config.num_layers - 1}")
+        return next(g for g, group in enumerate(self.config.groups) if layer in group.layers)
 
     def _admit_one(self, request_id: str, num_tokens: int) -> list[int]:
         """Admit or extend one request; give pressure callbacks one chance to make room, without the lock."""

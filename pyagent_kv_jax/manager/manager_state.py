@@ -441,6 +441,13 @@ class ManagerState:
         """Blocks that an admission could take."""
         return self.control.num_free()
 
+    def blocks_of(self, request_id: str) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks on the device and in host memory of one request, i32[G, columns] each; -1 where there is none."""
+        none = np.zeros((len(self.config.groups), 0), np.int32)
+        if (swapped := self.swap.requests.get(request_id)) is not None:
+            return none, swapped.host_blocks
+        return self.control.blocks_of(self.rows.row_of(request_id)), none
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks of all groups that a new request of ``num_tokens`` takes."""
         return -(-num_tokens // self.config.block_size) * len(self.config.groups)
