@@ -303,6 +303,25 @@ class KVCacheConfig:
         return self.layers_per_group * self.pool_blocks * self.block_size
 
     @property
+    def max_request_tokens(self) -> int:
+        """Tokens that no request can ever exceed: those of a row of the table, or of all the blocks there are."""
+        groups_of_all = sum(group.keeps_all for group in self.groups)
+        if not groups_of_all:
+            return self.max_model_len
+        return min(self.max_model_len, self.pool_blocks // groups_of_all * self.block_size)
+
+    def most_blocks(self, num_tokens: int, step_tokens: int) -> int:
+        """Most blocks that a request holds at once on its way to ``num_tokens``, by steps of at most ``step_tokens``.
+
+        A group that does not keep all tokens holds what the first token of a step sees, and the step's own tokens.
+        """
+        columns = math.ceil(num_tokens / self.block_size)
+        spans = (group.sliding_window or group.chunk_size for group in self.groups)
+        # n tokens in a row touch at most this many blocks, wherever they begin.
+        touched = ((span and (span + step_tokens + self.block_size - 3) // self.block_size + 1) for span in spans)
+        return sum(min(columns, columns if blocks is None else blocks) for blocks in touched)
+
+    @property
     def storage_dtype(self) -> Any:
         """Element type of the page arrays (see ``DType.storage_dtype``)."""
         return self.kv_dtype.storage_dtype(self.device_type)

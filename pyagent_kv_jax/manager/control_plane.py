@@ -21,6 +21,7 @@ from pyagent_kv_jax.pool.queues import Counters
 from pyagent_kv_jax.tables.padding import padded, power_of_two
 
 _FREED_IN_A_STEP = 1024  # blocks; longer rows are freed by a call of their own
+_FEWEST_MARKS = 64  # fewer are padded to as many
 
 
 class Extended(NamedTuple):
@@ -165,6 +166,16 @@ class ControlPlane:
         """Blocks in use whose content is worth keeping; takes effect with the next call, in the same dispatch."""
         self._marks = np.concatenate([self._marks, ids]) if len(self._marks) else ids
 
+    def warm_up_marks(self, most: int) -> None:
+        """Compile what ``mark_cached`` takes for up to ``most`` blocks, should no step follow."""
+        size = _FEWEST_MARKS
+        while True:
+            self.mark_cached(np.full(size, -1, np.int32))
+            self._flush_marks()
+            if size >= most:
+                return
+            size *= 2
+
     def uncache(self, ids: np.ndarray) -> None:
         """Forget the content of blocks ``ids`` i32[n]."""
         self._flush_marks()
@@ -232,7 +243,7 @@ class ControlPlane:
     def _flush_marks(self) -> None:
         if len(self._marks):
             marks = self._take_marks()
-            self._state = _mark_cached(self._state, padded(marks))
+            self._state = _mark_cached(self._state, padded(marks, max(power_of_two(len(marks)), _FEWEST_MARKS)))
 
     def _mask(self, rows: list[int]) -> np.ndarray:
         mask = np.zeros(self._num_requests, bool)

@@ -35,7 +35,7 @@ from pyagent_kv_jax.manager.manager_stats import ManagerStats
 from pyagent_kv_jax.manager.memory_pressure import PressureCallback, PressureCallbacks
 from pyagent_kv_jax.manager.options import DEFAULT_OPTIONS, ManagerOptions
 from pyagent_kv_jax.manager.prefix_cache import PrefixHit
-from pyagent_kv_jax.manager.step_plan import StepPlan
+from pyagent_kv_jax.manager.step_plan import AdmissionPreview, StepPlan
 
 PreemptionMode = Literal["auto", "swap", "recompute"]
 
@@ -154,6 +154,17 @@ class KVCacheManager:
                 raise UnknownRequestError(f"request {request_id!r}: want one that was added and holds no blocks")
             return self._state.hit_of(record)
 
+    def preview(self, request_id: str) -> AdmissionPreview:
+        """What admitting all known tokens of a request would take now; changes nothing.
+
+        For one that was added, preempted to be computed again, or swapped out.
+
+        Raises:
+            UnknownRequestError: it is not here, or holds blocks.
+        """
+        with self._lock:
+            return self._state.preview(request_id)
+
     # -- one scheduler step ------------------------------------------------------------------------------------
 
     def step(
@@ -199,6 +210,17 @@ class KVCacheManager:
         if not due:
             return plan
         return plan.with_errors(self._callbacks.call(due, pressure))
+
+    def warm_up(self, num_rows: int, num_tokens: int | None = None) -> None:
+        """Compile what steps padded to these sizes run, so that none of them has to wait for it.
+
+        That is: with and without requests that are freed, with and without cached blocks (as many as one compiled size
+        has room for), and giving blocks back between steps. Steps that bring requests back from host memory, and those
+        after the first fork, compile when they first come. It runs on a control plane of its own, made and thrown away,
+        so that no request notices.
+        """
+        with self._lock:
+            self._state.warm_up(num_rows, num_tokens)
 
     # -- one request -------------------------------------------------------------------------------------------
 

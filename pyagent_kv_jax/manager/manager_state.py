@@ -35,7 +35,7 @@ from pyagent_kv_jax.manager.options import ManagerOptions
 from pyagent_kv_jax.manager.prefix_cache import PrefixCache, PrefixHit
 from pyagent_kv_jax.manager.prefix_statistics import PrefixStatistics
 from pyagent_kv_jax.manager.request_rows import RequestRows, check_distinct
-from pyagent_kv_jax.manager.step_plan import StepPlan
+from pyagent_kv_jax.manager.step_plan import AdmissionPreview, StepPlan
 from pyagent_kv_jax.manager.swap_space import SwappedRequest, SwapSpace
 from pyagent_kv_jax.tables.padding import padded
 
@@ -150,6 +150,19 @@ class ManagerState:
             self._enter(rows, lengths, tables if tables.ndim == 3 else tables[None])
         return StepPlan(batch.ids, ok, counts.astype(np.int32), meta, np.where(ok, cached, 0).astype(np.int32))
 
+    def warm_up(self, num_rows: int, num_tokens: int | None) -> None:
+        """See ``KVCacheManager.warm_up``."""
+        plane, nobody = ControlPlane(self.config), np.zeros(0, np.int32)
+        plane.may_copy = self.control.may_copy
+        caching = self.options.prefix_caching
+        for hits in (None, Hits(nobody, nobody)) if caching else (None,):
+            for freed_rows in ([], [0]):
+                plane.step(nobody, nobody, freed_rows, num_rows, num_tokens, hits=hits)
+        plane.free([0])
+        if caching:
+            most_entered = (num_rows + (num_tokens or 0) // self.config.block_size) * len(self.config.groups)
+            plane.warm_up_marks(most_entered)
+
     def admit(self, request_id: str, num_tokens: int) -> bool:
         """Admit a new request of ``num_tokens`` tokens in all, or extend one by as many; whether there was room."""
         if request_id in self.swap.requests:
@@ -197,6 +210,23 @@ class ManagerState:
             return self._no_hit()
         most = record.num_tokens if at_most is None else min(record.num_tokens, at_most)
         return self.prefixes.lookup(record.keys, max(most - 1, 0))
+
+    def preview(self, request_id: str) -> AdmissionPreview:
+        """See ``KVCacheManager.preview``."""
+        record, swapped = self.waiting.get(request_id), self.swap.requests.get(request_id)
+        if record is None and swapped is None:
+            raise UnknownRequestError(
+                f"request {request_id!r}: want one that was added or preempted, and holds no blocks on the device"
+            )
+        start = self._start_of(request_id, None)
+        if swapped is not None:
+            record = swapped.record
+        num_tokens = max(start.num_tokens, 0 if record is None else record.num_tokens)
+        hits = start.hit.blocks[start.hit.blocks >= 0]
+        revived = int((self.control.ref_counts()[hits] == 0).sum())
+        return AdmissionPreview(
+            start.num_tokens, self.blocks_for(num_tokens) - self.blocks_for(start.hit.num_tokens) + revived
+        )
 
     def _no_hit(self) -> PrefixHit:
         return PrefixHit(0, np.zeros((len(self.config.groups), 0), np.int32), None)
@@ -366,7 +396,9 @@ class ManagerState:
         done, swapped = {}, []
         for i, request_id in enumerate(ids):
             cheaper = cost.prefers_swap(wanted[i] * block_bytes, int(lengths[i]))
-            swaps = mode == "swap" or (mode == "auto" and cheaper and wanted[i] <= room)
+            swaps = mode == "swap" or (
+                mode == "auto" and cheaper and wanted[i] <= room and self._could_come_back(int(rows[i]))
+            )
             done[request_id] = "swap" if swaps else "recompute"
             if swaps:
                 room -= wanted[i]
@@ -382,6 +414,12 @@ class ManagerState:
         self._expected[rows] = 0
         self.rows.give_up(ids)
         return done
+
+    def _could_come_back(self, row: int) -> bool:
+        """Whether the pool has blocks enough for a row that is swapped in: all its columns, in every group."""
+        record = self.tokens.record_of(row)
+        num_tokens = max(int(self.control.lengths()[row]) + 1, 0 if record is None else record.num_tokens)
+        return self.blocks_for(num_tokens) <= self.config.pool_blocks
 
     def _swap_out(self, requests: list[tuple[str, int, int, np.ndarray]]) -> None:
         pairs = []
@@ -524,20 +562,14 @@ class ManagerState:
         if starts:
             held[list(starts)] = 0
         totals = held + gained
-        if not len(totals) or totals.max() <= min(self.config.max_model_len, self._longest):
+        if not len(totals) or totals.max() <= self.config.max_request_tokens:
             return
         worst = int(totals.argmax())
         raise RequestTooLongError(
             f"request {ids[worst]!r}: would hold {totals[worst]} tokens, want at most "
-            f"{min(self.config.max_model_len, self._longest)} (max_model_len {self.config.max_model_len}, pool "
+            f"{self.config.max_request_tokens} (max_model_len {self.config.max_model_len}, pool "
             f"{self.config.pool_blocks} blocks of {self.config.block_size})"
         )
-
-    @property
-    def _longest(self) -> int:
-        """Tokens that the pool could ever hold of one request."""
-        groups_of_all = max(sum(group.keeps_all for group in self.config.groups), 1)
-        return self.config.pool_blocks // groups_of_all * self.config.block_size
 
 
 def _hits(starts: dict[int, Start], num_rows: int) -> Hits | None:

@@ -1,4 +1,4 @@
-"""What a scheduler gets back from one step of the manager, and what its callbacks are told."""
+"""What a scheduler gets back from one step of the manager, and what it can ask ahead of one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ import numpy as np
 
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.errors import CallbackError
+
+
+@dataclasses.dataclass(frozen=True)
+class AdmissionPreview:
+    """What the step would find that admits all known tokens of a request which holds no blocks.
+
+    Attributes:
+        num_cached_tokens: that it would not compute: found in the prefix cache, or brought back from host memory.
+        num_blocks: that it would take from the free ones, over all layer groups: new ones, and cached ones that nobody
+            holds.
+    """
+
+    num_cached_tokens: int
+    num_blocks: int
 
 
 @dataclasses.dataclass(frozen=True)
