@@ -263,6 +263,8 @@ class KVCacheManager:
     def fork(self, parent: str, child: str) -> None:
         """``child`` becomes a request with all tokens of ``parent``, sharing its blocks.
 
+        Blocks that ``parent`` had reserved and not used are given back.
+
         Whoever first writes into a shared block gets a copy of it: one batched copy a step. For beam search, best-of-n
         and tree search.
 

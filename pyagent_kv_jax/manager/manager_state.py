@@ -344,12 +344,20 @@ class ManagerState:
             raise DuplicateRequestError(f"request {child!r}: is already here, want a new id for the fork")
         self._check_committed((parent,), np.array([row]))
         (child_row,) = self.rows.choose([child], [])
+        self._give_back_reservation(row)
         self.control.fork(row, child_row)
         self.rows.take({child: child_row})
         self._expected[child_row] = self._drafts[child_row] = 0
         record = self.tokens.record_of(row)
         if record is not None:
             self.tokens.place(child_row, record.copy(), self.tokens.columns_entered(row))
+
+    def _give_back_reservation(self, row: int) -> None:
+        """Blocks set aside past the tokens: two requests must not write into the same ones."""
+        length = self.control.lengths()[row].copy()
+        if self.control.blocks_of(row).shape[1] > -(-length // self.config.block_size):
+            self.control.truncate(np.array([row]), np.array([length]))
+        self._expected[row] = 0
 
     def reserve(self, request_id: str, drafts: int) -> bool:
         """Set blocks aside for one token and ``drafts`` more; whether there was room."""
@@ -385,7 +393,8 @@ class ManagerState:
         rows = self.rows_holding(ids)
         self._check_committed(ids, rows)
         lengths = self.control.lengths()[rows].copy()
-        blocks = [self.control.blocks_of(row) for row in rows.tolist()]
+        columns = -(-lengths // self.config.block_size)  # those set aside for drafts hold nothing
+        blocks = [self.control.blocks_of(row)[:, :n] for row, n in zip(rows.tolist(), columns.tolist(), strict=True)]
         wanted = [int((held >= 0).sum()) for held in blocks]
         if mode == "swap" and sum(wanted) > self.swap.num_free:
             raise OutOfBlocksError(
