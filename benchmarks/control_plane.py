@@ -82,7 +82,10 @@ class Ours:
         step = partial(decode_step, self.new_tokens)
 
         def one(state: State) -> tuple[State, Any]:
-            return in_one_piece(step, state, state[0].num_free) if on_cpu else step(state)
+            if not on_cpu:
+                return step(state)
+            out = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state)[1])
+            return in_one_piece(lambda carry: step(carry[0]), (state, out), state[0].num_free)
 
         def many(state: State) -> tuple[State, Any]:
             return jax.lax.scan(lambda state, _: step(state), state, length=SCANNED)

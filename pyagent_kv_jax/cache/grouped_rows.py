@@ -199,6 +199,16 @@ def _named_hits(hits: Hits, num_groups: int) -> _NamedHits:
     return _NamedHits(ids, offsets_from_lengths(lengths), request, place // per_group, place % per_group)
 
 
+def mark_cached(state: GroupedRows, ids: jax.Array) -> GroupedRows:
+    """The content of blocks ``ids`` i32[n] is worth keeping when they become free; -1 is padding."""
+    return dataclasses.replace(state, pool=state.pool.mark_cached(ids)[0])
+
+
+def uncache(state: GroupedRows, ids: jax.Array) -> GroupedRows:
+    """Forget the content of blocks ``ids`` i32[n]; -1 is padding."""
+    return dataclasses.replace(state, pool=state.pool.uncache(ids)[0])
+
+
 def release_out_of_sight(state: GroupedRows, provisional: jax.Array | None = None, *, capacity: int) -> GroupedRows:
     """Give back the blocks that no later token of their group can see.
 

@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pyagent_kv_jax.cache import grouped_rows
-from pyagent_kv_jax.cache.allocation import step_metadata
-from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.grouped_rows import Extension, GroupedRows, Hits
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
 from pyagent_kv_jax.errors import InvalidBlockError
+from pyagent_kv_jax.manager.packed_step import Extended, StepShape, StepUnderWay, pack, packed_step
 from pyagent_kv_jax.pool import check_invariants
 from pyagent_kv_jax.pool.queues import Counters
 from pyagent_kv_jax.tables.padding import padded, power_of_two
 
 _FREED_IN_A_STEP = 1024  # blocks; longer rows are freed by a call of their own
 _FEWEST_MARKS = 64  # fewer are padded to as many
-
-
-class Extended(NamedTuple):
-    """What an admission did, on the host.
-
-    Attributes:
-        ok: bool[n].
-        new_ids: i32[...], blocks given that were no hits.
-        evicted_ids: i32[...], those of them whose cached content is gone.
-        copies: (src, dst) i32[...] each: blocks to be copied before anything is written.
-    """
-
-    ok: np.ndarray
-    new_ids: np.ndarray
-    evicted_ids: np.ndarray
-    copies: tuple[np.ndarray, np.ndarray]
 
 
 class ControlPlane:
@@ -65,7 +46,7 @@ class ControlPlane:
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def step(
+    def begin_step(
         self,
         rows: np.ndarray,
         counts: np.ndarray,
@@ -76,8 +57,8 @@ class ControlPlane:
         restored: np.ndarray | None = None,
         hits: Hits | None = None,
         provisional: np.ndarray | None = None,
-    ) -> tuple[AttentionMetadata, Extended]:
-        """Free, extend and compute slots in one dispatch; the metadata's leaves are numpy arrays.
+    ) -> StepUnderWay:
+        """Free, extend and compute slots in one dispatch. Another thread works on it when this returns.
 
         Args:
             rows: i32[n], in the order of service.
@@ -98,20 +79,21 @@ class ControlPlane:
         if len(self._marks) > marks_capacity:
             self._flush_marks()
         hits = _padded_hits(hits, num_rows)
-        self._state, meta, done = _step(
-            self._state,
-            _batch(rows, counts, restored, num_rows),
-            self._mask(last),
-            padded(self._take_marks(), marks_capacity),
-            hits,
-            provisional,
+        shape = StepShape(
+            num_requests=self._num_requests,
+            num_groups=len(self._groups),
+            num_rows=num_rows,
+            num_tokens=num_tokens,
+            num_marks=marks_capacity,
             free_capacity=self._free_capacity if last else 0,
             release_capacity=(num_rows + self._width) * len(self._groups),
             capacity=(new_blocks + self.may_copy * num_rows) * len(self._groups) + _num_hits(hits),
-            num_tokens=num_tokens,
             copies=self.may_copy,
+            max_tokens_per_req=self._width * self._block_size,
         )
-        return jax.tree.map(np.asarray, meta), _on_the_host(done, len(rows))
+        words = pack(shape, rows, counts, restored, last, self._take_marks())
+        self._state, answer, tables = packed_step(self._state, words, hits, provisional, shape=shape)
+        return StepUnderWay(answer, tables, shape, len(rows))
 
     def admit(
         self, rows: np.ndarray, counts: np.ndarray, hits: Hits | None = None, *, only_blocks: bool = False
@@ -260,38 +242,6 @@ class ControlPlane:
         return rows[first:]
 
 
-@partial(
-    jax.jit,
-    donate_argnums=0,
-    static_argnames=("free_capacity", "release_capacity", "capacity", "num_tokens", "copies"),
-)
-def _step(
-    state: GroupedRows,
-    batch: jax.Array,
-    freed: jax.Array,
-    marks: jax.Array,
-    hits: Hits | None,
-    provisional: jax.Array | None,
-    *,
-    free_capacity: int,
-    release_capacity: int,
-    capacity: int,
-    num_tokens: int | None,
-    copies: bool,
-) -> tuple[GroupedRows, AttentionMetadata, Extension]:
-    """``batch`` i32[3, B]: rows, in the order of service (-1 is padding), tokens to compute, tokens restored."""
-    rows, counts, restored = batch
-    state = _marked(state, marks)
-    if free_capacity:
-        state = grouped_rows.free(state, freed, capacity=free_capacity)
-    state = grouped_rows.release_out_of_sight(state, provisional, capacity=release_capacity)
-    state, done = grouped_rows.extend(state, rows, restored + counts, capacity=capacity, hits=hits, copies=copies)
-    ok = done.ok & (rows >= 0)
-    lens = jnp.where(ok, counts, 0)
-    meta = step_metadata(state.table, rows, lens, ok, num_tokens, num_groups=len(state.groups))
-    return state, meta, done._replace(ok=ok)
-
-
 @partial(jax.jit, donate_argnums=0, static_argnames=("capacity", "copies", "only_blocks"))
 def _admit(
     state: GroupedRows,
@@ -315,16 +265,8 @@ _truncate = jax.jit(grouped_rows.truncate, donate_argnums=0, static_argnames="ca
 _fork = jax.jit(grouped_rows.fork, donate_argnums=0)
 
 
-def _marked(state: GroupedRows, ids: jax.Array) -> GroupedRows:
-    return dataclasses.replace(state, pool=state.pool.mark_cached(ids)[0])
-
-
-_mark_cached = jax.jit(_marked, donate_argnums=0)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _uncache(state: GroupedRows, ids: jax.Array) -> GroupedRows:
-    return dataclasses.replace(state, pool=state.pool.uncache(ids)[0])
+_mark_cached = jax.jit(grouped_rows.mark_cached, donate_argnums=0)
+_uncache = jax.jit(grouped_rows.uncache, donate_argnums=0)
 
 
 def _on_the_host(done: Extension, num_rows: int) -> Extended:
@@ -349,12 +291,3 @@ def _num_hits(hits: Hits | None) -> int:
 
 def _power_of_four(size: int) -> int:
     return 1 << max(-(-(size - 1).bit_length() // 2) * 2, 10)
-
-
-def _batch(rows: np.ndarray, counts: np.ndarray, restored: np.ndarray | None, num_rows: int) -> np.ndarray:
-    batch = np.zeros((3, num_rows), np.int32)
-    batch[0, len(rows) :] = -1
-    batch[0, : len(rows)], batch[1, : len(rows)] = rows, counts
-    if restored is not None:
-        batch[2, : len(rows)] = restored
-    return batch

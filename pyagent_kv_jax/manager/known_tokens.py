@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,6 +44,23 @@ class TokenRecord:
     def copy(self) -> TokenRecord:
         """For a fork."""
         return dataclasses.replace(self, keys=self.keys.copy(), tail=self.tail.copy(), is_counted=True)
+
+
+class FullBlocks(NamedTuple):
+    """Full blocks of one request of a batch, to be entered into the prefix cache.
+
+    Attributes:
+        index: of the request in the batch.
+        row: of the request.
+        keys: the request's.
+        first, last: its columns from ``first`` up to, not including, ``last``.
+    """
+
+    index: int
+    row: int
+    keys: BlockKeys
+    first: int
+    last: int
 
 
 class KnownTokens:
@@ -108,26 +126,25 @@ class KnownTokens:
         self._tail[row, : len(known) - full] = known[full:]
         self._num_tokens[row] = at + len(tokens)
 
-    def newly_full(self, rows: np.ndarray, lengths: np.ndarray) -> list[tuple[int, BlockKeys, int, int]]:
-        """Blocks that are complete, now that ``rows`` i32[n] hold ``lengths`` i32[n] tokens.
-
-        Returns:
-            (index into rows, the keys, first column, column after the last) where there are any. They count as entered.
-        """
+    def newly_full(self, rows: np.ndarray, lengths: np.ndarray) -> list[FullBlocks]:
+        """Blocks that are complete once ``rows`` i32[n] hold ``lengths`` i32[n] tokens, and are not yet entered."""
         columns = np.minimum(lengths // self._block_size, self._num_keys[rows])
         entered = self._columns_entered[rows]
         found = np.flatnonzero((columns > entered) & (self._num_tokens[rows] >= 0))
         if not len(found):
             return []
-        self._columns_entered[rows[found]] = columns[found]
         full = []
         for i, row, first, last in zip(
             found.tolist(), rows[found].tolist(), entered[found].tolist(), columns[found].tolist(), strict=True
         ):
             record = self._records[row]
             assert record is not None
-            full.append((i, record.keys, first, last))
+            full.append(FullBlocks(i, row, record.keys, first, last))
         return full
+
+    def enter(self, full: list[FullBlocks]) -> None:
+        """From now on these count as entered."""
+        self._columns_entered[[blocks.row for blocks in full]] = [blocks.last for blocks in full]
 
     def _add_keys(self, row: int, tokens: np.ndarray) -> None:
         record = self._records[row]

@@ -54,6 +54,8 @@ class KVCacheManager:
     in one call.
     """
 
+    can_fork = True
+
     def __init__(self, config: KVCacheConfig, options: ManagerOptions = DEFAULT_OPTIONS) -> None:
         """Build an empty pool; the pages are made when first asked for.
 

@@ -28,7 +28,7 @@ from pyagent_kv_jax.manager.block_hash import BlockHasher, BlockKeys, CacheExtra
 from pyagent_kv_jax.manager.control_plane import ControlPlane, Extended
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
 from pyagent_kv_jax.manager.events import AllBlocksCleared, BlocksSwapped, BlockStored, EventLog
-from pyagent_kv_jax.manager.known_tokens import KnownTokens, TokenRecord
+from pyagent_kv_jax.manager.known_tokens import FullBlocks, KnownTokens, TokenRecord
 from pyagent_kv_jax.manager.manager_stats import Counts, ManagerStats
 from pyagent_kv_jax.manager.memory_pressure import MemoryPressure
 from pyagent_kv_jax.manager.options import ManagerOptions
@@ -122,9 +122,9 @@ class ManagerState:
             for i, start in starts.items():
                 counts[i], cached[i] = min(counts[i], start.limit), start.num_tokens
         batch.check_fit(counts)
-        self._check_lengths(batch.ids, rows, starts, cached + counts)
+        lengths = self._lengths_after(batch.ids, rows, starts, cached + counts)
         self._check_committed(batch.ids, rows)
-        meta, done = self.control.step(
+        under_way = self.control.begin_step(
             rows,
             counts,
             freed_rows,
@@ -134,21 +134,28 @@ class ManagerState:
             restored=_restored(starts, len(rows)),
             provisional=self._drafts if self._drafts.any() else None,
         )
+        # Another thread works on it. Meanwhile, what needs no answer, in the hope that nobody is refused.
         self._forget_freed(batch.freed)
+        is_decode = not starts and not self._expected.any()
+        full = self._newly_full(rows, lengths, counts > 0) if is_decode else []
+        meta, done = under_way.result()
         ok = done.ok
+        if not ok.all():
+            counts, cached = np.where(ok, counts, 0), np.where(ok, cached, 0)
+            full = [blocks for blocks in full if ok[blocks.index]]
         self._take_in(batch.ids, rows, starts, done)
-        counts = np.where(ok, counts, 0)
-        if self._expected.any():
-            # A request that brings fewer tokens than it reserved brings fewer drafts; the first one is none.
-            drafts = np.clip(counts - 1, 0, self._expected[rows])
-            self._drafts[rows[counts > 0]] = drafts[counts > 0]
-            self._expected[rows[counts > 0]] = 0
-        if self.options.prefix_caching:
-            lengths, tables = np.asarray(meta.kv_lens)[: len(rows)], np.asarray(meta.block_tables)
-            if self._drafts.any():
-                lengths = lengths - self._drafts[rows]
-            self._enter(rows, lengths, tables if tables.ndim == 3 else tables[None])
-        return StepPlan(batch.ids, ok, counts.astype(np.int32), meta, np.where(ok, cached, 0).astype(np.int32))
+        if not is_decode:
+            self._note_drafts(rows, counts)
+            full = self._newly_full(rows, lengths - self._drafts[rows], counts > 0)
+        self._enter(full, np.asarray(meta.block_tables))
+        return StepPlan(batch.ids, ok, counts.astype(np.int32), meta, cached.astype(np.int32))
+
+    def _note_drafts(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Rows that have just gained ``counts`` tokens, some of them expected to be drafts."""
+        rows, counts = rows[counts > 0], counts[counts > 0]
+        # A request that brings fewer tokens than it reserved brings fewer drafts; the first one is none.
+        self._drafts[rows] = np.clip(counts - 1, 0, self._expected[rows])
+        self._expected[rows] = 0
 
     def warm_up(self, num_rows: int, num_tokens: int | None) -> None:
         """See ``KVCacheManager.warm_up``."""
@@ -157,7 +164,7 @@ class ManagerState:
         caching = self.options.prefix_caching
         for hits in (None, Hits(nobody, nobody)) if caching else (None,):
             for freed_rows in ([], [0]):
-                plane.step(nobody, nobody, freed_rows, num_rows, num_tokens, hits=hits)
+                plane.begin_step(nobody, nobody, freed_rows, num_rows, num_tokens, hits=hits).result()
         plane.free([0])
         if caching:
             most_entered = (num_rows + (num_tokens or 0) // self.config.block_size) * len(self.config.groups)
@@ -170,14 +177,13 @@ class ManagerState:
         rows, starts = self._rows_and_starts((request_id,), [], at_most=num_tokens)
         cached = np.array([starts[0].num_tokens if starts else 0])
         counts = np.array([num_tokens]) - cached
-        self._check_lengths((request_id,), rows, starts, cached + counts)
+        lengths = self._lengths_after((request_id,), rows, starts, cached + counts)
         self._check_committed((request_id,), rows)
         done = self.control.admit(rows, counts, _hits(starts, 1))
         if not done.ok[0]:
             return False
         self._take_in((request_id,), rows, starts, done)
-        if self.options.prefix_caching:
-            self._enter(rows, self.control.lengths()[rows], self.control.blocks_of(int(rows[0]))[:, None])
+        self._enter(self._newly_full(rows, lengths, counts >= 0), self.control.blocks_of(int(rows[0]))[:, None])
         return True
 
     def _rows_and_starts(
@@ -282,24 +288,26 @@ class ManagerState:
         if len(src):
             self.pages = copy_blocks_in_place(self.pages, padded(src), padded(dst))
 
-    def _enter(self, rows: np.ndarray, lengths: np.ndarray, tables: np.ndarray) -> None:
-        """Blocks that ``rows`` have filled can be hit from now on; ``tables`` i32[G, n, columns] names them."""
-        full = self.tokens.newly_full(rows, lengths)
+    def _newly_full(self, rows: np.ndarray, lengths: np.ndarray, served: np.ndarray) -> list[FullBlocks]:
+        """Blocks to be entered once the ``served`` bool[n] of ``rows`` hold ``lengths`` tokens that are no drafts."""
+        return self.tokens.newly_full(rows, lengths * served) if self.options.prefix_caching else []
+
+    def _enter(self, full: list[FullBlocks], tables: np.ndarray) -> None:
+        """These can be hit from now on; ``tables`` i32[n, columns], or i32[G, n, columns] of several groups."""
         if not full:
             return
-        for group in range(len(tables)):
-            if all(last == first + 1 for _, _, first, last in full):
-                ids = tables[group, [i for i, *_ in full], [first for *_, first, _ in full]]
-                entered = self.prefixes.insert_many(group, [(keys, first) for _, keys, first, _ in full], ids)
+        self.tokens.enter(full)
+        for group, table in enumerate(tables if tables.ndim == 3 else tables[None]):
+            if all(blocks.last == blocks.first + 1 for blocks in full):
+                ids = table[[blocks.index for blocks in full], [blocks.first for blocks in full]]
+                entered = self.prefixes.insert_many(group, [(blocks.keys, blocks.first) for blocks in full], ids)
             else:
-                runs = [
-                    self.prefixes.insert(group, k, first, tables[group, i, first:last]) for i, k, first, last in full
-                ]
+                runs = [self.prefixes.insert(group, b.keys, b.first, table[b.index, b.first : b.last]) for b in full]
                 entered = np.concatenate(runs)
             self.control.mark_cached(entered)
             if self.events.enabled:
-                for i, keys, first, last in full:
-                    self._tell_stored(group, keys, first, tables[group, i, first:last], entered)
+                for b in full:
+                    self._tell_stored(group, b.keys, b.first, table[b.index, b.first : b.last], entered)
 
     def _tell_stored(self, group: int, keys: BlockKeys, first: int, ids: np.ndarray, entered: np.ndarray) -> None:
         stored = np.isin(ids, entered)
@@ -364,7 +372,7 @@ class ManagerState:
         rows = np.array([self.rows.row_of(request_id)], np.int32)
         self._check_committed((request_id,), rows)
         counts = np.array([drafts + 1])
-        self._check_lengths((request_id,), rows, {}, counts)
+        self._lengths_after((request_id,), rows, {}, counts)
         done = self.control.admit(rows, counts, only_blocks=True)
         if not done.ok[0]:
             return False
@@ -564,15 +572,16 @@ class ManagerState:
                     f"request {ids[i]!r}: got {self._drafts[rows[i]]} drafts not committed yet, want commit() first"
                 )
 
-    def _check_lengths(
+    def _lengths_after(
         self, ids: tuple[str, ...], rows: np.ndarray, starts: dict[int, Start], gained: np.ndarray
-    ) -> None:
+    ) -> np.ndarray:
+        """i64[n], tokens of each row when it has ``gained`` so many; ``RequestTooLongError`` where it can't."""
         held = self.control.lengths()[rows]
         if starts:
             held[list(starts)] = 0
         totals = held + gained
         if not len(totals) or totals.max() <= self.config.max_request_tokens:
-            return
+            return totals
         worst = int(totals.argmax())
         raise RequestTooLongError(
             f"request {ids[worst]!r}: would hold {totals[worst]} tokens, want at most "

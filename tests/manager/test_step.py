@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from pyagent_kv_jax import KVCacheConfig, KVCacheManager, LayerGroup, OutOfBlocksError, TooManyRequestsError
 from pyagent_kv_jax.cache.grouped_rows import Hits
-from pyagent_kv_jax.manager import control_plane
+from pyagent_kv_jax.manager import control_plane, packed_step
 
 BLOCK, BLOCKS, ROWS, LONGEST = 4, 11, 5, 24
 CONFIG = KVCacheConfig(
@@ -140,9 +140,10 @@ def test_a_second_step_compiles_nothing() -> None:
         manager.free(names[0])
 
     work(["a", "b"])
-    sizes = [f._cache_size() for f in (control_plane._step, control_plane._admit, control_plane._free)]
+    programs = (packed_step.packed_step, control_plane._admit, control_plane._free)
+    sizes = [program._cache_size() for program in programs]
     work(["longer", "name"])
-    assert sizes == [f._cache_size() for f in (control_plane._step, control_plane._admit, control_plane._free)]
+    assert sizes == [program._cache_size() for program in programs]
 
 
 def test_freeing_more_rows_than_one_call_has_room_for() -> None:
@@ -165,21 +166,10 @@ def test_the_control_state_is_updated_in_place(windows: tuple[int | None, ...], 
         CONFIG, num_layers=len(groups), layer_groups=groups, num_blocks=1_000_000, max_num_reqs=256, max_model_len=4096
     )
     plane = control_plane.ControlPlane(config)
-    batch, mask, marks = np.zeros((3, 256), np.int32), np.zeros(256, bool), np.zeros(256, np.int32)
+    shape = packed_step.StepShape(256, len(groups), 256, None, 256, 1024, 1024, 1024, copies, 4096)
     hits = Hits(np.zeros(num_hits, np.int32), np.zeros(256, np.int32)) if num_hits else None
-    lowered = control_plane._step.lower(
-        plane._state,
-        batch,
-        mask,
-        marks,
-        hits,
-        np.zeros(256, np.int32),
-        free_capacity=1024,
-        release_capacity=1024,
-        capacity=1024,
-        num_tokens=None,
-        copies=copies,
-    )
+    words, drafts = np.zeros(shape.num_words, np.int32), np.zeros(256, np.int32)
+    lowered = packed_step.packed_step.lower(plane._state, words, hits, drafts, shape=shape)
     memory = lowered.compile().memory_analysis()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(plane._state))
     assert memory.alias_size_in_bytes >= size
