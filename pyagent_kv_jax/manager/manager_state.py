@@ -85,6 +85,8 @@ class ManagerState:
         self._nothing = Start(self._no_hit(), 0, 2**31 - 1)
         self._expected = np.zeros(config.max_num_reqs, np.int32)  # drafts of the next step
         self._drafts = np.zeros(config.max_num_reqs, np.int32)  # computed, and not yet committed
+        # Leading columns whose blocks hold nothing: they were out of sight when the request was swapped out.
+        self._hollow = np.zeros((len(config.groups), config.max_num_reqs), np.int32)
 
     # -- who is here -------------------------------------------------------------------------------------------
 
@@ -245,10 +247,11 @@ class ManagerState:
         swap_ins: list[tuple[np.ndarray, np.ndarray]] = []
         for i, start in served.items():
             row, request_id = int(rows[i]), ids[i]
-            self._expected[row] = self._drafts[row] = 0
+            self._expected[row] = self._drafts[row] = self._hollow[:, row] = 0
             record = self.waiting.pop(request_id, None)
             if request_id in self.swap.requests:
                 record = self.swap.requests[request_id].record
+                self._hollow[:, row] = (self.swap.requests[request_id].host_blocks < 0).sum(axis=1)
                 swap_ins.append(self._swap_in(request_id, row, start))
             if record is not None:
                 self._count_hit(record, start.hit)
@@ -297,7 +300,12 @@ class ManagerState:
         if not full:
             return
         self.tokens.enter(full)
-        for group, table in enumerate(tables if tables.ndim == 3 else tables[None]):
+        tables = tables if tables.ndim == 3 else tables[None]
+        if self._hollow.any():
+            tables, at = tables.copy(), [blocks.index for blocks in full]
+            hollow = self._hollow[:, [blocks.row for blocks in full], None]
+            tables[:, at] = np.where(np.arange(tables.shape[2]) < hollow, -1, tables[:, at])
+        for group, table in enumerate(tables):
             if all(blocks.last == blocks.first + 1 for blocks in full):
                 ids = table[[blocks.index for blocks in full], [blocks.first for blocks in full]]
                 entered = self.prefixes.insert_many(group, [(blocks.keys, blocks.first) for blocks in full], ids)
@@ -356,6 +364,7 @@ class ManagerState:
         self.control.fork(row, child_row)
         self.rows.take({child: child_row})
         self._expected[child_row] = self._drafts[child_row] = 0
+        self._hollow[:, child_row] = self._hollow[:, row]
         record = self.tokens.record_of(row)
         if record is not None:
             self.tokens.place(child_row, record.copy(), self.tokens.columns_entered(row))
@@ -403,6 +412,8 @@ class ManagerState:
         lengths = self.control.lengths()[rows].copy()
         columns = -(-lengths // self.config.block_size)  # those set aside for drafts hold nothing
         blocks = [self.control.blocks_of(row)[:, :n] for row, n in zip(rows.tolist(), columns.tolist(), strict=True)]
+        for row, held in zip(rows.tolist(), blocks, strict=True):
+            held[np.arange(held.shape[1]) < self._hollow[:, row, None]] = -1
         wanted = [int((held >= 0).sum()) for held in blocks]
         if mode == "swap" and sum(wanted) > self.swap.num_free:
             raise OutOfBlocksError(
