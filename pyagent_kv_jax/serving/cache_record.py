@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pyagent_kv_jax.manager.step_plan import StepPlan
-from pyagent_kv_jax.serving.scheduler import Schedule
+from pyagent_kv_jax.serving.scheduler import Outcome, Schedule
 
 FREE = -1
 
@@ -16,12 +16,15 @@ FREE = -1
 class _Step(NamedTuple):
     request_ids: list[str]
     plan: StepPlan
-    freed: list[str]
+    freed: list[str]  # by this step
+    preempted: list[str]  # after it
 
 
 @dataclasses.dataclass
 class CacheRecord:
     """Collects steps while an engine runs (``engine.on_step = record.add``) and makes sense of them afterwards.
+
+    For caches in which every request has blocks of its own: without prefix caching or forks, and one layer group.
 
     Attributes:
         num_blocks: of the cache.
@@ -32,9 +35,10 @@ class CacheRecord:
     block_size: int
     _steps: list[_Step] = dataclasses.field(default_factory=list)
 
-    def add(self, schedule: Schedule, plan: StepPlan) -> None:
+    def add(self, schedule: Schedule, plan: StepPlan, outcome: Outcome) -> None:
         """Note one step; keeps references only, so that it costs a timed run nothing."""
-        self._steps.append(_Step([request.request_id for request in schedule.requests], plan, schedule.free))
+        ids, preempted = ([r.request_id for r in requests] for requests in (schedule.requests, outcome.preempted))
+        self._steps.append(_Step(ids, plan, schedule.free, preempted))
 
     def history(self, unit: int) -> CacheHistory:
         """Play the steps back.
@@ -48,7 +52,7 @@ class CacheRecord:
         totals = np.zeros((3, len(self._steps)), np.int64)
         numbers: dict[str, int] = {}
         live: dict[str, tuple[np.ndarray, int]] = {}  # request -> its blocks, its tokens
-        for t, (request_ids, plan, freed) in enumerate(self._steps):
+        for t, (request_ids, plan, freed, preempted) in enumerate(self._steps):
             for request_id in freed:
                 del live[request_id]
             meta = plan.metadata
@@ -60,6 +64,8 @@ class CacheRecord:
                 owner[t, blocks] = numbers.setdefault(request_id, len(numbers))
                 used[t, blocks] = (np.arange(len(blocks) * units) * unit < tokens).reshape(len(blocks), units)
                 totals[:, t] += 1, len(blocks) * self.block_size, tokens
+            for request_id in preempted:
+                del live[request_id]
         shape = (len(self._steps), self.num_blocks * units)
         return CacheHistory(owner.reshape(shape), used.reshape(shape), *totals)
 

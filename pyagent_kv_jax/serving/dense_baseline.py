@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,13 @@ from jax.typing import ArrayLike
 
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.config import KVCacheConfig
-from pyagent_kv_jax.errors import InvalidArgumentError, RequestTooLongError, UnknownRequestError
-from pyagent_kv_jax.manager.step_plan import StepPlan
+from pyagent_kv_jax.errors import (
+    DuplicateRequestError,
+    InvalidArgumentError,
+    RequestTooLongError,
+    UnknownRequestError,
+)
+from pyagent_kv_jax.manager.step_plan import AdmissionPreview, StepPlan
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
@@ -163,12 +168,16 @@ def _attend_row(
 class DenseCacheManager:
     """Hands out whole rows; the interface of ``KVCacheManager`` as far as serving needs it (``CacheBackend``).
 
+    Rows share nothing and go nowhere: no prefix is found, no request forked or swapped.
+
     Args:
         config: ``num_blocks`` rows of ``block_size`` tokens each; ``block_size`` must be ``max_model_len``.
 
     Raises:
         InvalidArgumentError: it is not.
     """
+
+    can_fork = False
 
     def __init__(self, config: KVCacheConfig) -> None:
         if config.block_size != config.max_model_len:
@@ -177,6 +186,7 @@ class DenseCacheManager:
             )
         self.config = config
         self.pages = DenseKVCache.create(config)
+        self._waiting: set[str] = set()  # added or preempted
         self._rows: dict[str, int] = {}
         self._lengths: dict[str, int] = {}
         self._unused = list(range(config.pool_blocks))[::-1]
@@ -190,16 +200,71 @@ class DenseCacheManager:
         """Rows nobody holds."""
         return len(self._unused)
 
-    def free(self, request_id: str) -> None:
-        """Give the request's row back.
+    def add_request(self, request_id: str, tokens: Any) -> None:
+        """Expect a request; its tokens are of no use here.
 
         Raises:
-            UnknownRequestError: it holds none.
+            DuplicateRequestError: it is here.
         """
+        if request_id in self._rows or request_id in self._waiting:
+            raise DuplicateRequestError(f"request {request_id!r}: is already here, want a new id")
+        self._waiting.add(request_id)
+
+    def record_tokens(self, request_ids: Sequence[str], tokens: Any) -> None:
+        """Nothing: tokens are of no use here."""
+
+    def preview(self, request_id: str) -> AdmissionPreview:
+        """One row, and every token to be computed.
+
+        Raises:
+            UnknownRequestError: it was not added, or holds a row.
+        """
+        if request_id not in self._waiting:
+            raise UnknownRequestError(f"request {request_id!r}: want one of {sorted(self._waiting)}, which hold no row")
+        return AdmissionPreview(num_cached_tokens=0, num_blocks=1)
+
+    def fork(self, parent: str, child: str) -> None:
+        """Raise ``InvalidArgumentError``: two requests cannot share a row."""
+        raise InvalidArgumentError(f"fork: got {parent!r} and {child!r} in a dense cache, want requests of their own")
+
+    def preempt(
+        self, request_ids: Sequence[str], mode: Literal["auto", "swap", "recompute"] = "auto"
+    ) -> dict[str, str]:
+        """Take rows away; the requests have to be computed again.
+
+        Raises:
+            UnknownRequestError: an id that holds no row.
+            InvalidArgumentError: mode "swap", for which there is nothing here.
+        """
+        if mode == "swap":
+            raise InvalidArgumentError("mode: got 'swap' for a dense cache, want 'auto' or 'recompute'")
+        for request_id in request_ids:
+            if request_id not in self._rows:
+                raise UnknownRequestError(f"request {request_id!r}: unknown, want one of {list(self._rows)}")
+        for request_id in request_ids:
+            self.free(request_id)
+        self._waiting.update(request_ids)
+        return dict.fromkeys(request_ids, "recompute")
+
+    def free(self, request_id: str) -> None:
+        """Give the request's row back, if it has one, and forget it.
+
+        Raises:
+            UnknownRequestError: it is not here.
+        """
+        if request_id in self._waiting:
+            self._waiting.remove(request_id)
+            return
         if request_id not in self._rows:
             raise UnknownRequestError(f"request {request_id!r}: unknown, want one of {list(self._rows)}")
         self._unused.append(self._rows.pop(request_id))
         del self._lengths[request_id]
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing: there is none."""
+
+    def warm_up(self, num_rows: int, num_tokens: int | None = None) -> None:
+        """Nothing: no step of this manager is compiled."""
 
     def step(
         self,
@@ -217,7 +282,8 @@ class DenseCacheManager:
             RequestTooLongError: a request that would outgrow its row.
         """
         ids, freed = tuple(request_ids), tuple(free)
-        if unknown := [request_id for request_id in freed if request_id not in self._rows]:
+        known = self._rows.keys() | self._waiting
+        if unknown := [request_id for request_id in freed if request_id not in known]:
             raise UnknownRequestError(f"free: got {unknown}, want ids among {list(self._rows)}")
         counts = np.asarray(num_new_tokens, np.int32).reshape(len(ids))
         lengths = np.array([self._lengths.get(i, 0) for i in ids], np.int32)
@@ -229,6 +295,7 @@ class DenseCacheManager:
         for request_id in ids:
             if request_id not in self._rows and self._unused:
                 self._rows[request_id] = self._unused.pop()
+                self._waiting.discard(request_id)
         rows = np.array([self._rows.get(i, -1) for i in ids], np.int32)
         ok = rows >= 0
         self._lengths.update((i, int(n)) for i, n in zip(ids, lengths + counts, strict=True) if i in self._rows)

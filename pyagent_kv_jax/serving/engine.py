@@ -14,13 +14,13 @@ import numpy as np
 from flax import nnx
 
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
-from pyagent_kv_jax.errors import InvalidArgumentError, KVCacheError, OutOfBlocksError, UnknownRequestError
+from pyagent_kv_jax.errors import InvalidArgumentError, KVCacheError, UnknownRequestError
 from pyagent_kv_jax.manager.step_plan import StepPlan
 from pyagent_kv_jax.serving.cache_backend import CacheBackend
 from pyagent_kv_jax.serving.compiled_step import StepOutput, split_model
 from pyagent_kv_jax.serving.request import Request
-from pyagent_kv_jax.serving.sampling import SamplingArrays, SamplingParams
-from pyagent_kv_jax.serving.scheduler import NewToken, Schedule, Scheduler, SchedulerConfig
+from pyagent_kv_jax.serving.sampling import SamplingArrays, SamplingParams, sample_seed
+from pyagent_kv_jax.serving.scheduler import NewToken, Outcome, Schedule, Scheduler, SchedulerConfig
 
 _engine_numbers = itertools.count()  # so that engines sharing a manager never use the same request id
 
@@ -66,7 +66,10 @@ class Engine:
     """Serves requests through one model and one cache.
 
     A step frees and allocates in one call of the manager, runs the model in one jitted call, and reads one small array
-    back. Shapes come from a fixed set, so that after ``warm_up`` nothing compiles.
+    back. Shapes come from a fixed set, so that after ``warm_up`` nothing compiles but the first forks and swaps.
+
+    The manager enters blocks into its prefix cache when it plans the step that fills them. Later steps come after it on
+    the device, so what they find there is written; but after a step that broke off it may not be: see ``abort_all``.
 
     Args:
         model: called as ``model(tokens, pages, meta, logits_at=...)``; its ``config``, if it has one, tells
@@ -81,14 +84,18 @@ class Engine:
     def __init__(self, model: nnx.Module, backend: CacheBackend, config: EngineConfig = EngineConfig()) -> None:
         self.backend = backend
         self.config = config
+        sizes = backend.config
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
                 token_budget=config.token_budget,
-                block_size=backend.config.block_size,
-                num_blocks=backend.config.pool_blocks,
-                max_model_len=backend.config.max_model_len,
-                watermark_blocks=int(config.watermark * backend.config.pool_blocks),
+                block_size=sizes.block_size,
+                num_blocks=sizes.pool_blocks,
+                max_model_len=sizes.max_model_len,
+                watermark_blocks=int(config.watermark * sizes.pool_blocks),
+                num_groups=len(sizes.groups),
+                most_blocks=lambda num_tokens: sizes.most_blocks(num_tokens, config.token_budget),
+                can_fork=backend.can_fork,
             )
         )
         if backend.config.max_num_reqs < config.max_num_seqs:
@@ -97,13 +104,14 @@ class Engine:
                 f"{backend.config.max_num_reqs}"
             )
         self.num_compilations = 0
-        self.on_step: Callable[[Schedule, StepPlan], None] | None = None
+        self.on_step: Callable[[Schedule, StepPlan, Outcome], None] | None = None
         self._step, self._weights = split_model(model)
         self._vocab_size: int | None = getattr(getattr(model, "config", None), "vocab_size", None)
         self._eos = frozenset(getattr(getattr(model, "config", None), "eos_token_ids", ()))
         self._decode_sizes, self._prefill_sizes = config.decode_sizes(), config.prefill_sizes()
         self._name = f"engine{next(_engine_numbers)}"
         self._request_numbers = itertools.count()
+        self._broke_off = False  # blocks of a step may be in the prefix cache that the model has not written
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -118,12 +126,22 @@ class Engine:
         self.scheduler.validate(len(tokens), sampling.max_tokens)
         seed = secrets.randbits(32) if sampling.seed is None else int(sampling.seed)
         stops = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
-        return Request(f"{self._name}-{next(self._request_numbers)}", tokens, sampling, seed, stops)
+        name = f"{self._name}-{next(self._request_numbers)}"
+        first, *others = [
+            Request(name if i == 0 else f"{name}.{i}", tokens, sampling, sample_seed(seed, i), stops)
+            for i in range(sampling.n)
+        ]
+        first.samples = tuple(others)
+        return first
 
     def add(self, requests: Iterable[Request]) -> None:
         """Queue requests made by ``make_request``, in order."""
         for request in requests:
-            self.scheduler.add(request)
+            self._introduce(self.scheduler.add(request))
+
+    def _introduce(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            self.backend.add_request(request.request_id, request.prompt)
 
     def _checked_tokens(self, prompt: Sequence[int]) -> np.ndarray:
         if isinstance(prompt, str):
@@ -160,20 +178,39 @@ class Engine:
             CallbackError: a memory-pressure callback of the cache raised; the step itself is complete.
             KVCacheError: the model gave NaN for a token.
         """
-        schedule = self.scheduler.schedule(self.backend.get_num_free_blocks)
+        schedule = self.scheduler.schedule(self.backend.get_num_free_blocks, self.backend.preview)
+        self._broke_off = True
         plan = self._plan(schedule)
         tokens, margins = self._run(schedule, plan) if plan.ok.any() else ([0] * len(plan.ok), None)
-        new_tokens = self.scheduler.update(schedule, plan.ok.tolist(), tokens)
-        if self.on_step is not None:
-            self.on_step(schedule, plan)
-        for request, token, _ in new_tokens:
-            if token < 0:
+        for request, served, token in zip(schedule.requests, plan.ok, tokens, strict=False):
+            if served and token < 0:
                 raise KVCacheError(
-                    f"request {request.request_id!r}: got NaN logits for token {len(request.output) - 1}, want numbers"
+                    f"request {request.request_id!r}: got NaN logits for token {len(request.output)}, want numbers"
                 )
+        self._broke_off = False
+        outcome = self.scheduler.update(
+            schedule, plan.ok.tolist(), plan.num_tokens.tolist(), plan.num_cached_tokens.tolist(), tokens
+        )
+        self._carry_out(outcome)
+        if self.on_step is not None:
+            self.on_step(schedule, plan, outcome)
         for error in plan.callback_errors:
             raise error
-        return new_tokens, margins
+        return outcome.new_tokens, margins
+
+    def _carry_out(self, outcome: Outcome) -> None:
+        """Tell the cache what follows from a step."""
+        going_on = [new for new in outcome.new_tokens if new.request.finish_reason is None]
+        if going_on:
+            self.backend.record_tokens(
+                [new.request.request_id for new in going_on], np.array([new.token for new in going_on], np.int32)
+            )
+        for parent, child in outcome.forks:
+            self.backend.fork(parent.request_id, child.request_id)
+        self._introduce(outcome.queued)
+        if outcome.preempted:
+            done = self.backend.preempt([request.request_id for request in outcome.preempted])
+            self.scheduler.stats.num_swapped += sum(way == "swap" for way in done.values())
 
     def _plan(self, schedule: Schedule) -> StepPlan:
         """The manager's answer. It sees two shapes only, decode and prefill at their largest."""
@@ -187,15 +224,17 @@ class Engine:
 
     def _run(self, schedule: Schedule, plan: StepPlan) -> tuple[list[int], np.ndarray | None]:
         """Run the model over the granted tokens and read the chosen ones back: the step's only wait for the device."""
-        chunks = [r.next_tokens(n) for r, n in zip(schedule.requests, schedule.num_new_tokens, strict=True)]
+        counts, cached = plan.num_tokens.tolist(), plan.num_cached_tokens.tolist()
+        chunks = [r.next_tokens(skip, n) for r, skip, n in zip(schedule.requests, cached, counts, strict=True)]
+        total = sum(counts)
         if plan.metadata.query_start_loc is None:  # token i belongs to row i, granted or not
             num_rows, num_tokens = _smallest(self._decode_sizes, len(chunks)), None
+            at = np.flatnonzero(plan.num_tokens)
         else:
-            chunks = [chunk for chunk, granted in zip(chunks, plan.ok, strict=True) if granted]
-            num_rows, num_tokens = self.config.max_num_seqs, _smallest(self._prefill_sizes, int(plan.num_tokens.sum()))
+            num_rows, num_tokens = self.config.max_num_seqs, _smallest(self._prefill_sizes, total)
+            at = np.arange(total)
         tokens = np.zeros(num_rows if num_tokens is None else num_tokens, np.int32)
-        granted_tokens = np.concatenate(chunks)
-        tokens[: len(granted_tokens)] = granted_tokens
+        tokens[at] = np.concatenate(chunks)
         sampling = SamplingArrays.from_rows(
             [request.sampling for request in schedule.requests],
             [request.seed for request in schedule.requests],
@@ -221,34 +260,33 @@ class Engine:
     # -- before and after --------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Compile every shape a step can have, the manager's part included, by serving a request of one token.
-
-        Raises:
-            OutOfBlocksError: the cache has no block to spare for it.
-        """
+        """Compile every shape a step can have, the manager's part included, without touching what the cache holds."""
+        rows, budget = self.config.max_num_seqs, self.config.token_budget
+        self.backend.warm_up(rows)
+        self.backend.warm_up(rows, budget)
         for _ in range(2):  # jax may compile once more for pages that come out of a step than for new ones
-            self.backend.get_num_free_blocks()
             self._warm_up((size, size) for size in self._decode_sizes)
-            self._warm_up(((self.config.max_num_seqs, size) for size in self._prefill_sizes), self.config.token_budget)
+            self._warm_up(((rows, size) for size in self._prefill_sizes), budget)
 
     def _warm_up(self, shapes: Iterable[tuple[int, int]], num_tokens: int | None = None) -> None:
-        """Run the (rows, tokens) of one layout, decode unless ``num_tokens`` is given."""
-        request_id, rows = f"{self._name}-warm-up", self.config.max_num_seqs
-        plan = self.backend.step([request_id], [1], num_rows=rows, num_tokens=num_tokens)
-        if not plan.ok.all():
-            raise OutOfBlocksError("warm_up: got a cache without a free block, want one to spare")
+        """Run the (rows, tokens) of one layout, decode unless ``num_tokens`` is given, for nobody."""
+        nobody = self.backend.step([], [], num_rows=self.config.max_num_seqs, num_tokens=num_tokens).metadata
         for row_size, token_size in shapes:
             sampling = SamplingArrays.from_rows([], [], [], row_size)
-            jax.block_until_ready(self._dispatch(np.zeros(token_size, np.int32), plan.metadata, sampling))
-        self.backend.step([], [], free=[request_id], num_rows=rows, num_tokens=num_tokens)
-        self.backend.step([request_id], [1], num_rows=rows, num_tokens=num_tokens)
-        self.backend.free(request_id)  # a way of its own, taken when generation ends
+            jax.block_until_ready(self._dispatch(np.zeros(token_size, np.int32), nobody, sampling))
 
     def abort_all(self) -> None:
-        """Forget every request and give all their blocks back; safe after an error or interrupt anywhere in a step."""
+        """Forget every request and give all their blocks back; safe after an error or interrupt anywhere in a step.
+
+        If a step broke off before its results came, the prefix cache is reset: it may name blocks that were never
+        written, or hold NaN.
+        """
         for request_id in self.scheduler.drop_all():
-            with contextlib.suppress(UnknownRequestError):  # never admitted, or freed by the step that broke off
+            with contextlib.suppress(UnknownRequestError):  # the step that broke off had freed it, or it never came
                 self.backend.free(request_id)
+        if self._broke_off:
+            self.backend.reset_prefix_cache()
+            self._broke_off = False
         pages = self.backend.pages
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(pages)):  # it broke off after the pages were donated
             self.backend.pages = jax.tree.map(_zeros_in_place_of, pages)

@@ -28,14 +28,16 @@ class GenerationResult:
     Attributes:
         token_ids: the tokens generated; a stop token, if one ended it, is the last.
         finish_reason: "stop" (a stop or end-of-sequence token) or "length" (``max_tokens``).
-        num_preemptions: how often the request lost its blocks and was computed again.
+        num_preemptions: how often the request lost its blocks, and was computed again or brought back from the host.
         margins: best logit less second best for each token; None unless the engine was asked for margins.
+        other_samples: the second to last answer, where ``SamplingParams.n`` asked for several; this is the first.
     """
 
     token_ids: list[int]
     finish_reason: FinishReason
     num_preemptions: int
     margins: list[float] | None = None
+    other_samples: tuple[GenerationResult, ...] = ()
 
 
 def generate(
@@ -52,6 +54,9 @@ def generate(
 ) -> list[GenerationResult]:
     """Generate from all prompts by continuous batching: rows that finish make room for prompts that wait.
 
+    What a prompt has in common with an earlier one is computed once, as long as the cache has room to keep it; also
+    over several calls, with one ``backend``.
+
     Args:
         model: a Flax NNX model called as ``model(tokens, cache, meta, logits_at=...)``, with a ``config``.
         prompts: token ids, one sequence a prompt.
@@ -60,11 +65,12 @@ def generate(
         backend: a cache to serve through, instead of ``cache_config``; its other requests are left alone.
         max_num_seqs: requests running at once.
         token_budget: tokens computed in one step that does prefill; longer prompts are computed in chunks.
-        on_token: ``on_token(index of prompt, token id)`` after each token, in the order of generation.
+        on_token: ``on_token(index of answer, token id)`` after each token, in the order of generation. The answers to
+            the first prompt come first, then those to the second, ...: with one answer each, it is the prompt's index.
         progress: show a bar on stderr.
 
     Returns:
-        One result a prompt, in the order of the prompts.
+        One result a prompt, in the order of the prompts; ``other_samples`` are in the first one.
 
     Raises:
         InvalidArgumentError: an empty prompt, a token outside the vocabulary, sizes that do not fit.
@@ -77,7 +83,9 @@ def generate(
     if not prompts:
         return []
     if backend is None:
-        totals = [len(prompt) + each.max_tokens for prompt, each in zip(prompts, params, strict=True)]
+        totals = [
+            len(prompt) + each.max_tokens for prompt, each in zip(prompts, params, strict=True) for _ in range(each.n)
+        ]
         backend = KVCacheManager(cache_config or fitting_cache_config(model, totals, max_num_seqs=max_num_seqs))
     engine = Engine(model, backend, EngineConfig(max_num_seqs, token_budget))
     return serve(engine, prompts, params, on_token=on_token, progress=progress)
@@ -94,11 +102,12 @@ def serve(
     """As ``generate``, through an engine that lives on (and stays warm) between calls."""
     params = _one_each(sampling, len(prompts))
     requests = [engine.make_request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
-    index = {request.request_id: i for i, request in enumerate(requests)}
-    margins: list[list[float]] = [[] for _ in requests]
+    answers = [answer for request in requests for answer in (request, *request.samples)]
+    index = {answer.request_id: i for i, answer in enumerate(answers)}
+    margins: list[list[float]] = [[] for _ in answers]
     try:
         engine.add(requests)  # all were checked, so none is refused half way
-        with tqdm(total=len(requests), unit="request", disable=not progress) as bar:
+        with tqdm(total=len(answers), unit="request", disable=not progress) as bar:
             while engine.has_unfinished:
                 new_tokens, step_margins = engine.step()
                 for request, token, row in new_tokens:
@@ -108,7 +117,18 @@ def serve(
                 bar.update(sum(request.finish_reason is not None for request, _, _ in new_tokens))
     finally:
         engine.abort_all()  # after success too: the last finished requests still hold their blocks
-    return [_result(r, m if engine.config.with_margins else None) for r, m in zip(requests, margins, strict=True)]
+
+    def result(request: Request) -> GenerationResult:
+        assert request.finish_reason is not None
+        return GenerationResult(
+            request.output,
+            request.finish_reason,
+            request.num_preemptions,
+            margins[index[request.request_id]] if engine.config.with_margins else None,
+            tuple(result(sample) for sample in request.samples),
+        )
+
+    return [result(request) for request in requests]
 
 
 def _one_each(sampling: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
@@ -150,8 +170,3 @@ def _call(on_token: TokenCallback | None, index: int, token: int) -> None:
         on_token(index, token)
     except Exception as cause:
         raise CallbackError(f"on_token({index}, {token}) raised {cause!r}; generation stopped") from cause
-
-
-def _result(request: Request, margins: list[float] | None) -> GenerationResult:
-    assert request.finish_reason is not None
-    return GenerationResult(request.output, request.finish_reason, request.num_preemptions, margins)

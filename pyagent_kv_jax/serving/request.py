@@ -25,8 +25,10 @@ class Request:
         arrival: order of arrival; lower is served first.
         num_computed: tokens whose K and V stand in the cache.
         output: tokens generated so far.
-        num_preemptions: how often its blocks were taken away, to be computed again.
+        num_preemptions: how often its blocks were taken away, to be computed again or brought back from the host.
         finish_reason: None while it is unfinished.
+        samples: further answers to the same prompt, requests like this one.
+        is_split: whether ``samples`` go their own ways; until then this one stands for all.
     """
 
     request_id: str
@@ -39,6 +41,8 @@ class Request:
     output: list[int] = dataclasses.field(default_factory=list)
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
+    samples: tuple[Request, ...] = ()
+    is_split: bool = False
     _tokens: np.ndarray = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -60,9 +64,23 @@ class Request:
         """Tokens the cache holds at most for it: the last one generated is never fed back."""
         return len(self.prompt) + self.sampling.max_tokens - 1
 
-    def next_tokens(self, count: int) -> np.ndarray:
-        """i32[count], the tokens to compute next."""
-        return self._tokens[self.num_computed : self.num_computed + count]
+    @property
+    def must_split(self) -> bool:
+        """Whether its samples still wait for it to compute what they share."""
+        return bool(self.samples) and not self.is_split
+
+    def num_wanted(self, num_cached: int = 0) -> int:
+        """Tokens to compute next, if ``num_cached`` more come for nothing and no budget sets a limit.
+
+        Samples share the prompt but for its last token, which each computes. If that alone is left, full blocks are all
+        there is to share, and the prefix cache sees to that.
+        """
+        left = self.num_pending - num_cached
+        return left - 1 if self.must_split and left > 1 else left
+
+    def next_tokens(self, skipped: int, count: int) -> np.ndarray:
+        """i32[count], the tokens to compute next, after ``skipped`` that the cache has by itself."""
+        return self._tokens[self.num_computed + skipped : self.num_computed + skipped + count]
 
     def append(self, token: int) -> None:
         """Take one generated token, and note the reason if it is the last."""

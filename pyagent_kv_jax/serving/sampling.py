@@ -39,6 +39,7 @@ class SamplingParams:
         max_tokens: tokens to generate at most.
         stop_token_ids: generation stops after any of these.
         ignore_eos: do not stop at the model's own end-of-sequence tokens.
+        n: answers to one prompt, which they share; the first is that of ``n = 1``, each has a seed of its own.
 
     Raises:
         InvalidArgumentError: a value outside the range given here.
@@ -51,6 +52,7 @@ class SamplingParams:
     max_tokens: int = 128
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    n: int = 1
 
     def __post_init__(self) -> None:
         self._require("temperature", "a finite number >= 0", lambda v: _is_real(v) and v >= 0)
@@ -61,7 +63,8 @@ class SamplingParams:
             f"None or 0 <= integer <= {_MAX_SEED}",
             lambda v: v is None or (_is_integer(v) and 0 <= v <= _MAX_SEED),
         )
-        self._require("max_tokens", "an integer >= 1", lambda v: _is_integer(v) and v >= 1)
+        for name in ("max_tokens", "n"):
+            self._require(name, "an integer >= 1", lambda v: _is_integer(v) and v >= 1)
         self._require(
             "stop_token_ids", "a sequence of integers >= 0", lambda v: not isinstance(v, str) and _are_token_ids(v)
         )
@@ -81,6 +84,11 @@ def _are_token_ids(values: Any) -> bool:
 
 
 GREEDY = SamplingParams()
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed u32 of answer ``index`` to a prompt: ``seed`` for the first, unrelated ones for the others."""
+    return seed if index == 0 else int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 
 class SamplingArrays(NamedTuple):

@@ -10,7 +10,7 @@ from pyagent_kv_jax.serving.cache_record import CacheRecord
 from pyagent_kv_jax.serving.demo import DemoSizes, demo_model_directory, demo_traffic, run_demo
 from pyagent_kv_jax.serving.request import Request
 from pyagent_kv_jax.serving.sampling import SamplingParams
-from pyagent_kv_jax.serving.scheduler import Schedule
+from pyagent_kv_jax.serving.scheduler import Outcome, Schedule
 
 SIZES = DemoSizes(
     num_prompts=10,
@@ -59,23 +59,25 @@ def test_record_plays_back_who_held_what():
     record = CacheRecord(num_blocks=4, block_size=4)
     a, b = (Request(name, np.ones(6, np.int32), SamplingParams()) for name in "ab")
 
-    def step(requests, ok, tables, kv_lens, free=()):
+    def step(requests, ok, tables, kv_lens, free=(), preempted=()):
         n = np.zeros(len(requests), np.int32)
         meta = AttentionMetadata(np.array(tables), np.array(kv_lens), None, n, n, np.array(ok))
         plan = StepPlan(tuple(r.request_id for r in requests), np.array(ok), n, meta, np.zeros(len(requests), np.int32))
-        record.add(Schedule(requests, n.tolist(), list(free)), plan)
+        record.add(Schedule(requests, n.tolist(), list(free)), plan, Outcome([], [], [], list(preempted)))
 
     step([a], [True], [[2, 0, -1], [-1, -1, -1]], [6, 0])
     step([b, a], [True, False], [[3, -1, -1], [-1, -1, -1]], [1, 0])  # a sits out, and keeps what it has
-    step([b], [True], [[3, -1, -1]], [2], free=["a"])
+    step([b], [True], [[3, -1, -1]], [2], free=["a"], preempted=[b])
+    step([], [], np.zeros((0, 3), int), [])
     history = record.history(unit=2)
     assert history.owner.tolist() == [
         [0, 0, -1, -1, 0, 0, -1, -1],
         [0, 0, -1, -1, 0, 0, 1, 1],
         [-1, -1, -1, -1, -1, -1, 1, 1],
+        [-1] * 8,
     ]
     assert history.used.tolist()[0] == [True, False, False, False, True, True, False, False]
-    assert history.in_flight.tolist() == [1, 2, 1]
-    assert history.reserved_tokens.tolist() == [8, 12, 4]
-    assert history.used_tokens.tolist() == [6, 7, 2]
+    assert history.in_flight.tolist() == [1, 2, 1, 0]
+    assert history.reserved_tokens.tolist() == [8, 12, 4, 0]
+    assert history.used_tokens.tolist() == [6, 7, 2, 0]
     assert history.waste == pytest.approx(1 - 15 / 24)
