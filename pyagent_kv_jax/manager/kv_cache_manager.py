@@ -56,8 +56,6 @@ class KVCacheManager:
 
     can_fork = True
 
-    can_fork = True
-
     def __init__(self, config: KVCacheConfig, options: ManagerOptions = DEFAULT_OPTIONS) -> None:
         """Build an empty pool; the pages are made when first asked for.
 
