@@ -22,6 +22,7 @@ from pyagent_kv_jax.manager import ManagerOptions
 BLOCK, BLOCKS, HOST_BLOCKS, ROWS, LONGEST, WINDOW = 4, 22, 12, 5, 40, 6
 ONE_GROUP: tuple[LayerGroup, ...] = ()
 TWO_GROUPS = (LayerGroup((0,), sliding_window=WINDOW), LayerGroup((1,)))
+CHUNKED = (LayerGroup((0,)), LayerGroup((1,), chunk_size=2 * BLOCK))
 NAMES = [f"r{i}" for i in range(8)]
 PREFIXES = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [1, 2, 3, 4, 5, 6, 7, 8], [7, 7, 7, 7, 7], [3]]
 LONG = os.environ.get("PYAGENT_KV_LONG_TESTS") == "1"
@@ -43,16 +44,21 @@ def content(tokens: list[int], layer: int) -> list[float]:
 
 @dataclasses.dataclass
 class Known:
-    """What the model knows of a request: all its tokens, how many are computed, and where it is."""
+    """What the model knows of a request: all its tokens, how many are computed, and where it is.
+
+    Attributes:
+        reserved: drafts that blocks were set aside for; None: none were.
+    """
 
     tokens: list[int]
     computed: int = 0
     place: str = "waiting"  # or "device" or "swapped"
+    reserved: int | None = None
 
 
 class ManagerMachine(RuleBasedStateMachine):
     @initialize(
-        groups=st.sampled_from([ONE_GROUP, TWO_GROUPS]),
+        groups=st.sampled_from([ONE_GROUP, TWO_GROUPS, CHUNKED]),
         algorithm=st.sampled_from(["sha256", weak_hash]),
         zero=st.booleans(),
     )
@@ -112,6 +118,7 @@ class ManagerMachine(RuleBasedStateMachine):
             known, granted, cached = self.requests[name], int(plan.num_tokens[i]), int(plan.num_cached_tokens[i])
             if not plan.ok[i]:
                 assert free_blocks < BLOCKS
+                assert known.reserved is None or counts[i] > known.reserved + 1
                 assert granted == cached == 0
                 continue
             if known.place == "waiting":
@@ -127,6 +134,10 @@ class ManagerMachine(RuleBasedStateMachine):
             self.write(plan.metadata, i, known.tokens, known.computed, granted)
             known.computed += granted
             self.record_the_missing(name, known)
+            if granted and known.reserved is not None:
+                if drafts := min(granted - 1, known.reserved):
+                    self.manager.commit(name, drafts)  # they were its tokens all along
+                known.reserved = None
 
     def record_the_missing(self, name: str, known: Known) -> None:
         """A request that came back from the host may have chosen a token there."""
@@ -164,6 +175,7 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         parent = data.draw(st.sampled_from(parents))
         self.manager.fork(parent, child)
+        self.requests[parent].reserved = None
         self.requests[child] = dataclasses.replace(self.requests[parent], tokens=list(self.requests[parent].tokens))
 
     @rule(data=st.data(), mode=st.sampled_from(["auto", "swap", "recompute"]))
@@ -176,10 +188,24 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         for name in names:
             known = self.requests[name]
+            known.reserved = None
             if done[name] == "swap":
                 known.place = "swapped"
             else:
                 known.place, known.computed = "waiting", 0
+
+    @rule(data=st.data(), drafts=st.integers(0, 6))
+    def reserve(self, data: st.DataObject, drafts: int) -> None:
+        """For a step that may come late, or never."""
+        names = [n for n in self.at("device") if self.requests[n].computed + drafts < LONGEST]
+        if not names:
+            return
+        name = data.draw(st.sampled_from(names))
+        try:
+            self.manager.reserve(name, drafts)
+        except OutOfBlocksError:
+            return
+        self.requests[name].reserved = drafts
 
     @rule(data=st.data(), drafts=st.integers(0, 6))
     def speculate(self, data: st.DataObject, drafts: int) -> None:
@@ -192,8 +218,6 @@ class ManagerMachine(RuleBasedStateMachine):
         if known.computed == len(known.tokens):
             known.tokens.append(data.draw(st.integers(0, 2)))
             self.manager.record_tokens([name], [known.tokens[-1]])
-        if len(known.tokens) != known.computed + 1:
-            return
         guesses = [data.draw(st.integers(0, 2)) for _ in range(drafts)]
         try:
             self.manager.reserve(name, drafts)
@@ -201,13 +225,15 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         plan = self.manager.step([name], [1 + drafts], num_rows=ROWS, num_tokens=ROWS * LONGEST)
         assert plan.ok.all()
-        self.write(plan.metadata, 0, known.tokens + guesses, known.computed, 1 + drafts)
-        accepted = data.draw(st.integers(0, drafts))
+        right, later = known.tokens[: known.computed + 1], known.tokens[known.computed + 1 :]
+        self.write(plan.metadata, 0, right + guesses, known.computed, 1 + drafts)
+        wrong = [guess != token for guess, token in zip(guesses, later, strict=False)]  # where its tokens are known
+        accepted = data.draw(st.integers(0, wrong.index(True) if any(wrong) else drafts))
         self.manager.commit(name, accepted)
-        known.computed += 1 + accepted
-        known.tokens += guesses[:accepted]
-        if accepted:
-            self.manager.record_tokens(name, guesses[:accepted])
+        known.computed, known.reserved = known.computed + 1 + accepted, None
+        if new := guesses[len(later) : accepted]:
+            known.tokens += new
+            self.manager.record_tokens(name, new)
 
     @rule(runs=st.booleans())
     def defragment(self, runs: bool) -> None:
@@ -246,6 +272,8 @@ class ManagerMachine(RuleBasedStateMachine):
                 group = self.groups[self.group_of(layer)]
                 table = np.array(self.manager.get_block_table(name, layer), np.int32)
                 first = 0 if group.sliding_window is None else max(known.computed - group.sliding_window + 1, 0)
+                if group.chunk_size is not None:
+                    first = known.computed // group.chunk_size * group.chunk_size
                 positions = np.arange(first, known.computed)
                 span = group.layers.index(layer) * BLOCKS
                 block = table[positions // BLOCK]
