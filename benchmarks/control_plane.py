@@ -32,7 +32,7 @@ from benchmarks.report import Row, argument_parser, publish
 from pyagent_kv_jax.config import BlockTableConfig
 from pyagent_kv_jax.pool import BlockPool
 from pyagent_kv_jax.tables import BlockTable, append_rows, slots_of
-from pyagent_kv_jax.tables.host_step import CONTROL_STEP_ON_CPU, in_one_piece
+from pyagent_kv_jax.tables.host_step import CONTROL_STEP_ON_CPU
 
 REQUESTS, BLOCKS, BLOCK_SIZE, WIDTH = 256, 65_536, 16, 2048
 STEPS, ROUNDS, SCANNED = 64, 20, 64
@@ -77,20 +77,13 @@ class Ours:
     new_tokens: int
 
     def __post_init__(self) -> None:
-        on_cpu = jax.default_backend() == "cpu"
-        options = CONTROL_STEP_ON_CPU if on_cpu else None
+        options = CONTROL_STEP_ON_CPU if jax.default_backend() == "cpu" else None
         step = partial(decode_step, self.new_tokens)
-
-        def one(state: State) -> tuple[State, Any]:
-            if not on_cpu:
-                return step(state)
-            out = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state)[1])
-            return in_one_piece(lambda carry: step(carry[0]), (state, out), state[0].num_free)
 
         def many(state: State) -> tuple[State, Any]:
             return jax.lax.scan(lambda state, _: step(state), state, length=SCANNED)
 
-        self.step = jax.jit(one, donate_argnums=0, compiler_options=options)
+        self.step = jax.jit(step, donate_argnums=0, compiler_options=options)
         self.scan = jax.jit(many, donate_argnums=0, compiler_options=options)
 
     def _copy(self) -> State:

@@ -102,11 +102,13 @@ def step_metadata(
         tokens = step_slots(table, kv_lens - lens, lens, num_tokens, rows)
         token_rows, positions, query_start_loc = tokens.rows, tokens.positions, tokens.query_start_loc
         slots = tokens.slots
+    block_tables = jnp.where(served[:, None], table.blocks[rows], -1)
     if num_groups > 1:
+        block_tables = jnp.where(served[:, None], table.blocks[rows_of_groups(table, rows, num_groups)], -1)
         others = rows_of_groups(table, token_rows, num_groups)[1:]
         slots = jnp.stack([slots, *(slots_of(table, other, positions) for other in others)])
     return AttentionMetadata(
-        block_tables=block_tables_of(table, rows, num_groups),
+        block_tables=block_tables,
         kv_lens=kv_lens,
         query_start_loc=query_start_loc,
         slot_mapping=slots,
@@ -115,12 +117,6 @@ def step_metadata(
         max_query_len=1 if num_tokens is None else num_tokens,
         max_kv_len=table.config.max_tokens_per_req,
     )
-
-
-def block_tables_of(table: BlockTable, rows: jax.Array, num_groups: int = 1) -> jax.Array:
-    """i32[B, W], or i32[G, B, W] of several groups: the blocks of requests ``rows`` i32[B]; all -1 for row -1."""
-    of_groups = rows if num_groups == 1 else rows_of_groups(table, rows, num_groups)
-    return jnp.where(rows[:, None] >= 0, table.blocks[of_groups], -1)
 
 
 def rows_of_groups(table: BlockTable, rows: jax.Array, num_groups: int) -> jax.Array:

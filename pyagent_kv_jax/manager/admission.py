@@ -75,7 +75,7 @@ def token_counts(values: ArrayLike, n: int) -> np.ndarray:
     array = np.asarray(values)
     if array.size == 0 and n == 0:
         return np.zeros(0, np.int64)
-    if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
+    if array.shape != (n,) or array.dtype.kind not in "iu":
         raise InvalidArgumentError(f"token counts: got {_shown(values)}, want {n} integers of at least 0")
     if (array < 0).any():
         raise InvalidArgumentError(f"token counts: got {array[array < 0][0]}, want integers of at least 0")

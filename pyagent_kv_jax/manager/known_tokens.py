@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -47,20 +47,29 @@ class TokenRecord:
 
 
 class FullBlocks(NamedTuple):
-    """Full blocks of one request of a batch, to be entered into the prefix cache.
+    """Full blocks of n requests of a batch, to be entered into the prefix cache.
 
     Attributes:
-        index: of the request in the batch.
-        row: of the request.
-        keys: the request's.
-        first, last: its columns from ``first`` up to, not including, ``last``.
+        index: i64[n], where in the batch each request is.
+        rows: i32[n].
+        keys: of each.
+        first: i64[n], its first column.
+        last: i64[n], the column after its last.
     """
 
-    index: int
-    row: int
-    keys: BlockKeys
-    first: int
-    last: int
+    index: np.ndarray
+    rows: np.ndarray
+    keys: list[BlockKeys]
+    first: np.ndarray
+    last: np.ndarray
+
+    def of(self, chosen: np.ndarray) -> Self:
+        """Those of the requests of the batch that are ``chosen`` bool[...]."""
+        kept = np.flatnonzero(chosen[self.index])
+        keys = [self.keys[i] for i in kept.tolist()]
+        return self._replace(
+            index=self.index[kept], rows=self.rows[kept], keys=keys, first=self.first[kept], last=self.last[kept]
+        )
 
 
 class KnownTokens:
@@ -126,25 +135,18 @@ class KnownTokens:
         self._tail[row, : len(known) - full] = known[full:]
         self._num_tokens[row] = at + len(tokens)
 
-    def newly_full(self, rows: np.ndarray, lengths: np.ndarray) -> list[FullBlocks]:
-        """Blocks that are complete once ``rows`` i32[n] hold ``lengths`` i32[n] tokens, and are not yet entered."""
+    def newly_full(self, rows: np.ndarray, lengths: np.ndarray) -> FullBlocks:
+        """Blocks that are complete once ``rows`` i32[n] hold ``lengths`` i64[n] tokens, and are not yet entered."""
         columns = np.minimum(lengths // self._block_size, self._num_keys[rows])
         entered = self._columns_entered[rows]
         found = np.flatnonzero((columns > entered) & (self._num_tokens[rows] >= 0))
-        if not len(found):
-            return []
-        full = []
-        for i, row, first, last in zip(
-            found.tolist(), rows[found].tolist(), entered[found].tolist(), columns[found].tolist(), strict=True
-        ):
-            record = self._records[row]
-            assert record is not None
-            full.append(FullBlocks(i, row, record.keys, first, last))
-        return full
+        filled = rows[found]
+        keys = [record.keys for row in filled.tolist() if (record := self._records[row]) is not None]
+        return FullBlocks(found, filled, keys, entered[found], columns[found])
 
-    def enter(self, full: list[FullBlocks]) -> None:
+    def enter(self, full: FullBlocks) -> None:
         """From now on these count as entered."""
-        self._columns_entered[[blocks.row for blocks in full]] = [blocks.last for blocks in full]
+        self._columns_entered[full.rows] = full.last
 
     def _add_keys(self, row: int, tokens: np.ndarray) -> None:
         record = self._records[row]

@@ -139,12 +139,12 @@ class ManagerState:
         # Another thread works on it. Meanwhile, what needs no answer, in the hope that nobody is refused.
         self._forget_freed(batch.freed)
         is_decode = not starts and not self._expected.any()
-        full = self._newly_full(rows, lengths, counts > 0) if is_decode else []
+        full = self._newly_full(rows, lengths, counts > 0) if is_decode else None
         meta, done = under_way.result()
         ok = done.ok
         if not ok.all():
             counts, cached = np.where(ok, counts, 0), np.where(ok, cached, 0)
-            full = [blocks for blocks in full if ok[blocks.index]]
+            full = full and full.of(ok)
         self._take_in(batch.ids, rows, starts, done)
         if not is_decode:
             self._note_drafts(rows, counts)
@@ -291,31 +291,28 @@ class ManagerState:
         if len(src):
             self.pages = copy_blocks_in_place(self.pages, padded(src), padded(dst))
 
-    def _newly_full(self, rows: np.ndarray, lengths: np.ndarray, served: np.ndarray) -> list[FullBlocks]:
+    def _newly_full(self, rows: np.ndarray, lengths: np.ndarray, served: np.ndarray) -> FullBlocks | None:
         """Blocks to be entered once the ``served`` bool[n] of ``rows`` hold ``lengths`` tokens that are no drafts."""
-        return self.tokens.newly_full(rows, lengths * served) if self.options.prefix_caching else []
+        return self.tokens.newly_full(rows, lengths * served) if self.options.prefix_caching else None
 
-    def _enter(self, full: list[FullBlocks], tables: np.ndarray) -> None:
+    def _enter(self, full: FullBlocks | None, tables: np.ndarray) -> None:
         """These can be hit from now on; ``tables`` i32[n, columns], or i32[G, n, columns] of several groups."""
-        if not full:
+        if full is None or not full.keys:
             return
         self.tokens.enter(full)
-        tables = tables if tables.ndim == 3 else tables[None]
-        if self._hollow.any():
-            tables, at = tables.copy(), [blocks.index for blocks in full]
-            hollow = self._hollow[:, [blocks.row for blocks in full], None]
-            tables[:, at] = np.where(np.arange(tables.shape[2]) < hollow, -1, tables[:, at])
-        for group, table in enumerate(tables):
-            if all(blocks.last == blocks.first + 1 for blocks in full):
-                ids = table[[blocks.index for blocks in full], [blocks.first for blocks in full]]
-                entered = self.prefixes.insert_many(group, [(blocks.keys, blocks.first) for blocks in full], ids)
+        one_each = bool((full.last - full.first == 1).all())
+        for group, table in enumerate(tables if tables.ndim == 3 else tables[None]):
+            if one_each:
+                entries = list(zip(full.keys, full.first.tolist(), strict=True))
+                entered = self.prefixes.insert_many(group, entries, table[full.index, full.first])
             else:
-                runs = [self.prefixes.insert(group, b.keys, b.first, table[b.index, b.first : b.last]) for b in full]
-                entered = np.concatenate(runs)
+                entered = np.concatenate(
+                    [self.prefixes.insert(group, k, n, table[i, n:m]) for i, k, n, m in _each_of(full)]
+                )
             self.control.mark_cached(entered)
             if self.events.enabled:
-                for b in full:
-                    self._tell_stored(group, b.keys, b.first, table[b.index, b.first : b.last], entered)
+                for i, keys, first, last in _each_of(full):
+                    self._tell_stored(group, keys, first, table[i, first:last], entered)
 
     def _tell_stored(self, group: int, keys: BlockKeys, first: int, ids: np.ndarray, entered: np.ndarray) -> None:
         stored = np.isin(ids, entered)
@@ -599,6 +596,11 @@ class ManagerState:
             f"{self.config.max_request_tokens} (max_model_len {self.config.max_model_len}, pool "
             f"{self.config.pool_blocks} blocks of {self.config.block_size})"
         )
+
+
+def _each_of(full: FullBlocks) -> list[tuple[int, BlockKeys, int, int]]:
+    """(index, keys, first, last) of each request."""
+    return list(zip(full.index.tolist(), full.keys, full.first.tolist(), full.last.tolist(), strict=True))
 
 
 def _hits(starts: dict[int, Start], num_rows: int) -> Hits | None:

@@ -1,7 +1,7 @@
 """The control plane's step as one program: one vector of words in, one vector and the block tables out.
 
-Every array that goes into a jitted call or comes out of it costs microseconds, and so does every wait of one thread for
-another; a step is worth some thirty of them. So a step is told everything in one i32 vector and answers in another.
+Every array that goes into a jitted call or comes out of it costs microseconds, of which a step is worth some thirty. So
+it is told everything in one i32 vector and answers in another.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pyagent_kv_jax.cache import grouped_rows
-from pyagent_kv_jax.cache.allocation import block_tables_of, step_metadata
+from pyagent_kv_jax.cache.allocation import step_metadata
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.grouped_rows import Extension, GroupedRows, Hits
-from pyagent_kv_jax.tables.host_step import CONTROL_STEP_ON_CPU, in_one_piece
+from pyagent_kv_jax.tables.host_step import CONTROL_STEP_ON_CPU
 
 
 class StepShape(NamedTuple):
@@ -55,11 +55,6 @@ class StepShape(NamedTuple):
         """Where in the vector a step answers what."""
         return _outputs(self)
 
-    @property
-    def num_words(self) -> int:
-        """Length of both vectors."""
-        return max(fields["end"].stop for fields in (self.inputs(), self.outputs()))
-
 
 class Extended(NamedTuple):
     """What an admission did, on the host.
@@ -90,7 +85,7 @@ def pack(
 ) -> np.ndarray:
     """The vector of a step over ``rows`` i32[n], n <= B; see ``ControlPlane.begin_step``."""
     at, n = shape.inputs(), len(rows)
-    words = np.zeros(shape.num_words, np.int32)
+    words = np.zeros(at["end"].stop, np.int32)
     words[at["rows"]][n:] = -1
     words[at["rows"]][:n] = rows
     words[at["counts"]][:n] = counts
@@ -112,24 +107,7 @@ def pack(
 def packed_step(
     state: GroupedRows, words: jax.Array, hits: Hits | None, provisional: jax.Array | None, *, shape: StepShape
 ) -> tuple[GroupedRows, jax.Array, jax.Array]:
-    """(state, answer i32[num_words], block tables i32[B, W], or i32[G, B, W] of several groups)."""
-    at = shape.inputs()
-    rows = words[at["rows"]]
-
-    def step(carry: tuple[GroupedRows, jax.Array]) -> tuple[GroupedRows, jax.Array]:
-        return _step(*carry, hits, provisional, shape)
-
-    if shape.num_tokens is None:
-        state, answer = in_one_piece(step, (state, words), state.pool.num_free)
-    else:
-        state, answer = step((state, words))
-    served = jnp.where(answer[shape.outputs()["kv_lens"]] > 0, rows, -1)
-    return state, answer, block_tables_of(state.table, served, shape.num_groups)
-
-
-def _step(
-    state: GroupedRows, words: jax.Array, hits: Hits | None, provisional: jax.Array | None, shape: StepShape
-) -> tuple[GroupedRows, jax.Array]:
+    """(state, answer i32[...], block tables i32[B, W], or i32[G, B, W] of several groups)."""
     at = shape.inputs()
     rows, counts, restored = (words[at[name]] for name in ("rows", "counts", "restored"))
     state = grouped_rows.mark_cached(state, words[at["marks"]])
@@ -142,11 +120,11 @@ def _step(
     ok = done.ok & (rows >= 0)
     lens = jnp.where(ok, counts, 0)
     meta = step_metadata(state.table, rows, lens, ok, shape.num_tokens, num_groups=shape.num_groups)
-    return state, _answer(meta, done._replace(ok=ok), shape)
+    return state, _answer(meta, done._replace(ok=ok), shape), meta.block_tables
 
 
 def _answer(meta: AttentionMetadata, done: Extension, shape: StepShape) -> jax.Array:
-    values = {
+    values: dict[str, Any] = {
         "ok": done.ok,
         "kv_lens": meta.kv_lens,
         "query_start_loc": meta.query_start_loc,
@@ -160,8 +138,7 @@ def _answer(meta: AttentionMetadata, done: Extension, shape: StepShape) -> jax.A
     totals = [jnp.sum(values[name] >= 0) for name in ("new_ids", "evicted_ids")]
     totals.append(jnp.sum(done.copy_src >= 0) if done.copy_src is not None else jnp.zeros((), jnp.int32))
     parts = [jnp.stack(totals), *(values[name] for name in shape.outputs() if values.get(name) is not None)]
-    words = jnp.concatenate([part.astype(jnp.int32).ravel() for part in parts])
-    return jnp.pad(words, (0, shape.num_words - words.shape[0]))
+    return jnp.concatenate([part.astype(jnp.int32).ravel() for part in parts])
 
 
 class StepUnderWay(NamedTuple):
@@ -220,15 +197,14 @@ def _inputs(shape: StepShape) -> dict[str, slice]:
 
 @lru_cache(maxsize=1024)
 def _outputs(shape: StepShape) -> dict[str, slice]:
-    ragged = shape.num_tokens is not None
-    tokens = shape.num_tokens if ragged else shape.num_rows
+    tokens = shape.num_rows if shape.num_tokens is None else shape.num_tokens
     copied = shape.copies * shape.num_groups * shape.num_rows
     return _slices(
         {
             "totals": 3,
             "ok": shape.num_rows,
             "kv_lens": shape.num_rows,
-            "query_start_loc": (shape.num_rows + 1) * ragged,
+            "query_start_loc": 0 if shape.num_tokens is None else shape.num_rows + 1,
             "slot_mapping": tokens * shape.num_groups,
             "positions": tokens,
             "new_ids": shape.capacity,

@@ -168,7 +168,7 @@ def test_the_control_state_is_updated_in_place(windows: tuple[int | None, ...], 
     plane = control_plane.ControlPlane(config)
     shape = packed_step.StepShape(256, len(groups), 256, None, 256, 1024, 1024, 1024, copies, 4096)
     hits = Hits(np.zeros(num_hits, np.int32), np.zeros(256, np.int32)) if num_hits else None
-    words, drafts = np.zeros(shape.num_words, np.int32), np.zeros(256, np.int32)
+    words, drafts = np.zeros(shape.inputs()["end"].stop, np.int32), np.zeros(256, np.int32)
     lowered = packed_step.packed_step.lower(plane._state, words, hits, drafts, shape=shape)
     memory = lowered.compile().memory_analysis()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(plane._state))
