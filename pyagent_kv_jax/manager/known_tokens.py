@@ -50,14 +50,14 @@ class FullBlocks(NamedTuple):
     """Full blocks of n requests of a batch, to be entered into the prefix cache.
 
     Attributes:
-        index: i64[n], where in the batch each request is.
+        at: i64[n], where in the batch each request is.
         rows: i32[n].
         keys: of each.
         first: i64[n], its first column.
         last: i64[n], the column after its last.
     """
 
-    index: np.ndarray
+    at: np.ndarray
     rows: np.ndarray
     keys: list[BlockKeys]
     first: np.ndarray
@@ -65,10 +65,10 @@ class FullBlocks(NamedTuple):
 
     def of(self, chosen: np.ndarray) -> Self:
         """Those of the requests of the batch that are ``chosen`` bool[...]."""
-        kept = np.flatnonzero(chosen[self.index])
+        kept = np.flatnonzero(chosen[self.at])
         keys = [self.keys[i] for i in kept.tolist()]
         return self._replace(
-            index=self.index[kept], rows=self.rows[kept], keys=keys, first=self.first[kept], last=self.last[kept]
+            at=self.at[kept], rows=self.rows[kept], keys=keys, first=self.first[kept], last=self.last[kept]
         )
 
 

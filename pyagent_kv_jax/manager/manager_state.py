@@ -304,7 +304,7 @@ class ManagerState:
         for group, table in enumerate(tables if tables.ndim == 3 else tables[None]):
             if one_each:
                 entries = list(zip(full.keys, full.first.tolist(), strict=True))
-                entered = self.prefixes.insert_many(group, entries, table[full.index, full.first])
+                entered = self.prefixes.insert_many(group, entries, table[full.at, full.first])
             else:
                 entered = np.concatenate(
                     [self.prefixes.insert(group, k, n, table[i, n:m]) for i, k, n, m in _each_of(full)]
@@ -599,8 +599,8 @@ class ManagerState:
 
 
 def _each_of(full: FullBlocks) -> list[tuple[int, BlockKeys, int, int]]:
-    """(index, keys, first, last) of each request."""
-    return list(zip(full.index.tolist(), full.keys, full.first.tolist(), full.last.tolist(), strict=True))
+    """(where in the batch, keys, first, last) of each request."""
+    return list(zip(full.at.tolist(), full.keys, full.first.tolist(), full.last.tolist(), strict=True))
 
 
 def _hits(starts: dict[int, Start], num_rows: int) -> Hits | None:
