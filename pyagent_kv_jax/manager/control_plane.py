@@ -19,6 +19,7 @@ from pyagent_kv_jax.tables.padding import padded, power_of_two
 
 _FREED_IN_A_STEP = 1024  # blocks; longer rows are freed by a call of their own
 _FEWEST_MARKS = 64  # fewer are padded to as many
+_NO_HITS = Hits(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 class ControlPlane:
@@ -78,14 +79,15 @@ class ControlPlane:
         marks_capacity = new_blocks * len(self._groups)
         if len(self._marks) > marks_capacity:
             self._flush_marks()
-        hits = _padded_hits(hits, num_rows)
+        # Admissions with hits, with frees, from the host: one program for all rather than one for each mixture.
+        hits = _padded_hits(_NO_HITS if hits is None and restored is not None else hits, num_rows)
         shape = StepShape(
             num_requests=self._num_requests,
             num_groups=len(self._groups),
             num_rows=num_rows,
             num_tokens=num_tokens,
             num_marks=marks_capacity,
-            free_capacity=self._free_capacity if last else 0,
+            free_capacity=self._free_capacity if last or hits is not None else 0,
             release_capacity=(num_rows + self._width) * len(self._groups),
             capacity=(new_blocks + self.may_copy * num_rows) * len(self._groups) + _num_hits(hits),
             copies=self.may_copy,

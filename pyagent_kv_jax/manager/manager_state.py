@@ -164,11 +164,11 @@ class ManagerState:
         plane, nobody = ControlPlane(self.config), np.zeros(0, np.int32)
         plane.may_copy = self.control.may_copy
         caching = self.options.prefix_caching
-        for hits in (None, Hits(nobody, nobody)) if caching else (None,):
-            for freed_rows in ([], [0]):
-                plane.begin_step(nobody, nobody, freed_rows, num_rows, num_tokens, hits=hits).result()
+        for freed_rows in ([], [0]):
+            plane.begin_step(nobody, nobody, freed_rows, num_rows, num_tokens).result()
         plane.free([0])
         if caching:
+            plane.begin_step(nobody, nobody, [], num_rows, num_tokens, hits=Hits(nobody, nobody)).result()
             most_entered = (num_rows + (num_tokens or 0) // self.config.block_size) * len(self.config.groups)
             plane.warm_up_marks(most_entered)
 
