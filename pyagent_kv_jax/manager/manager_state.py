@@ -301,7 +301,11 @@ class ManagerState:
             return
         self.tokens.enter(full)
         one_each = bool((full.last - full.first == 1).all())
-        for group, table in enumerate(tables if tables.ndim == 3 else tables[None]):
+        tables = tables if tables.ndim == 3 else tables[None]
+        if self._hollow.any():
+            tables, hollow = tables.copy(), self._hollow[:, full.rows, None]
+            tables[:, full.at] = np.where(np.arange(tables.shape[2]) < hollow, -1, tables[:, full.at])
+        for group, table in enumerate(tables):
             if one_each:
                 entries = list(zip(full.keys, full.first.tolist(), strict=True))
                 entered = self.prefixes.insert_many(group, entries, table[full.at, full.first])

@@ -12,6 +12,7 @@ from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
 from pyagent_kv_jax.manager.known_tokens import TokenRecord
 from pyagent_kv_jax.pool import BlockPool
+from pyagent_kv_jax.pool.queues import Counters
 from pyagent_kv_jax.tables.padding import padded, power_of_two
 
 
@@ -52,7 +53,7 @@ class SwapSpace:
     @property
     def num_free(self) -> int:
         """Host blocks that are free."""
-        return 0 if self._pool is None else int(self._pool.num_free)
+        return 0 if self._pool is None else int(Counters(*np.asarray(self._pool.counters)).num_free)
 
     def put(self, request_id: str, swapped: SwappedRequest) -> None:
         """Keep a request that ``allocate`` found room for."""
