@@ -14,8 +14,8 @@ from pyagent_kv_jax.cache.block_views import KVCacheBlock
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
 from pyagent_kv_jax.errors import DoubleFreeError, InvalidArgumentError, InvalidBlockError, OutOfBlocksError
 from pyagent_kv_jax.pool import BlockPool
+from pyagent_kv_jax.tables.padding import padded, power_of_two
 
-_SMALLEST_BUCKET = 16
 _DEVICE, _HOST = False, True  # keys of the pools: ``KVCacheBlock.on_host``
 
 
@@ -102,7 +102,7 @@ class KVCacheAllocator:
             for on_host in (_DEVICE, _HOST):
                 ids = [block.block_id for block in blocks if block.on_host == on_host]
                 if ids:
-                    self._pools[on_host] = _free(self._pools[on_host], _padded(ids))
+                    self._pools[on_host] = _free(self._pools[on_host], padded(np.array(ids, np.int32)))
         return released
 
     def get_num_free_gpu_blocks(self) -> int:
@@ -133,7 +133,7 @@ class KVCacheAllocator:
             if count > free:
                 where = "host" if on_host else "device"
                 raise OutOfBlocksError(f"got a request for {count} blocks of the {where}, want at most the {free} free")
-            self._pools[on_host], ids = _take(pool, np.array([count], np.int32), capacity=_bucket(count))
+            self._pools[on_host], ids = _take(pool, np.array([count], np.int32), capacity=power_of_two(count))
             ids = np.array(ids)[:count].tolist()
         return [self._view(block_id, on_host, group) for block_id in ids]
 
@@ -166,7 +166,7 @@ class KVCacheAllocator:
                 raise InvalidBlockError(f"{where}: got {ids[outside].tolist()}, want 0 to {pool.num_blocks - 1}")
             if not len(ids):
                 continue
-            held = np.asarray(_references(pool, _padded(ids)))[: len(ids)]
+            held = np.asarray(_references(pool, padded(np.array(ids, np.int32))))[: len(ids)]
             if (held < times).any():
                 raise error(f"{where}: got {ids[held < times].tolist()}, want blocks with that many references")
 
@@ -196,14 +196,3 @@ def _count_free(pool: BlockPool) -> jax.Array:
 def _references(pool: BlockPool, ids: jax.Array) -> jax.Array:
     """i32[n], of blocks ``ids``; what stands for padding is of no use."""
     return pool.ref_counts[ids]
-
-
-def _padded(ids: Iterable[int]) -> np.ndarray:
-    """i32, -1 up to the bucket."""
-    values = np.fromiter(ids, np.int32)
-    return np.pad(values, (0, _bucket(len(values)) - len(values)), constant_values=-1)
-
-
-def _bucket(count: int) -> int:
-    """What ``count`` ids are padded to, so that few programs are compiled."""
-    return max(_SMALLEST_BUCKET, 1 << (count - 1).bit_length())
