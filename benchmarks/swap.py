@@ -3,10 +3,10 @@
     python -m benchmarks.swap --json FILE
 
 Blocks of Llama-3-8B (32 layers, 8 KV heads of 128, 16 tokens), scattered over both pools, moved by ``KVCacheTransfer``
-as the manager moves them: the target donated, so that its memory is there already. The baseline gets the same courtesy:
-``device_put`` in a jit that donates memory to put it into, all of it written before. Called plainly, ``device_put`` also
-takes new memory each time, which a CPU's system makes dear (a row of its own). The limit, on CPUs: numpy's ``copyto``
-into memory written before, the faster of one thread and a thread a core.
+as the manager moves them: the target is donated, so its memory is there already. The baseline gets the same courtesy:
+``device_put`` in a jit that donates memory to put into, written before. Called plainly, ``device_put`` also takes new
+memory each time, which costs page faults on a CPU (a row of its own). The limit, on CPUs: numpy's ``copyto`` into
+memory written before, the faster of one thread and a thread a core.
 """
 
 from __future__ import annotations
