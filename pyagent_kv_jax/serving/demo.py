@@ -1,4 +1,7 @@
-"""``pyagent-kv demo``: the same model, requests and memory, once with a dense cache and once with a paged one."""
+"""``pyagent-kv demo``: the same model, requests and memory, once with a dense cache and once with a paged one.
+
+Then prompts that begin alike, without and with the prefix cache.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from rich.table import Table
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.errors import KVCacheError
 from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
+from pyagent_kv_jax.manager.options import ManagerOptions
 from pyagent_kv_jax.models import load_model, load_tokenizer
 from pyagent_kv_jax.serving.block_map import Panel, save_block_map
 from pyagent_kv_jax.serving.cache_backend import CacheBackend
@@ -25,6 +29,13 @@ from pyagent_kv_jax.serving.cache_record import CacheHistory, CacheRecord
 from pyagent_kv_jax.serving.dense_baseline import DenseCacheManager
 from pyagent_kv_jax.serving.engine import Engine, EngineConfig
 from pyagent_kv_jax.serving.generate import GenerationResult, serve
+from pyagent_kv_jax.serving.prefix_demo import (
+    PrefixReport,
+    PrefixSizes,
+    compare_prefix_caching,
+    prefix_traffic,
+    print_prefix_table,
+)
 from pyagent_kv_jax.serving.sampling import SamplingParams
 from pyagent_kv_jax.serving.token_equality import Comparison, compare_tokens
 
@@ -45,6 +56,7 @@ class DemoSizes:
         token_budget: tokens computed in one step.
         row_buckets: batch sizes that decode steps are padded to.
         repeats: timed runs of each cache, in turn; the fastest counts.
+        prefix: what the second table serves, through the same paged cache.
     """
 
     num_prompts: int = 48
@@ -56,6 +68,7 @@ class DemoSizes:
     token_budget: int = 256
     row_buckets: tuple[int, ...] = (4, 16, 32)
     repeats: int = 3
+    prefix: PrefixSizes = dataclasses.field(default_factory=PrefixSizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,22 +101,24 @@ class DemoReport:
     paged: Run
     comparison: Comparison
     picture: Path
+    prefix: PrefixReport
 
 
 def run_demo(out: str | os.PathLike[str] = ".", sizes: DemoSizes = DemoSizes()) -> DemoReport:
-    """Serve, compare, print one table, save one picture.
+    """Serve, compare, print two tables, save one picture.
 
     Args:
         out: a folder, or the name of a ``.png``.
         sizes: of the traffic and of the caches.
 
     Raises:
-        KVCacheError: the two caches gave different tokens.
+        KVCacheError: the two caches gave different tokens, or the prefix cache changed some.
     """
     console = Console()
     with demo_model_directory() as directory:
         model, config = load_model(directory)
-        prompts, sampling = demo_traffic(load_tokenizer(directory), sizes)
+        tokens = load_tokenizer(directory).encode(demo_text()).ids
+    prompts, sampling = demo_traffic(tokens, sizes)
     base = config.kv_cache_config(max_model_len=sizes.max_model_len, num_blocks=1, block_size=sizes.block_size)
     lengths = [len(prompt) + each.max_tokens for prompt, each in zip(prompts, sampling, strict=True)]
     console.print(
@@ -113,7 +128,9 @@ def run_demo(out: str | os.PathLike[str] = ".", sizes: DemoSizes = DemoSizes()) 
     num_blocks = sizes.dense_rows * sizes.max_model_len // sizes.block_size
     paged_config = dataclasses.replace(base, num_blocks=num_blocks, max_num_reqs=sizes.num_prompts)
     dense_engine = _warm_engine(model, DenseCacheManager.like(base, sizes.dense_rows), sizes.dense_rows, sizes)
-    paged_engine = _warm_engine(model, KVCacheManager(paged_config), sizes.num_prompts, sizes)
+    # The first table is about memory: no prompt may find itself there from the run before.
+    without_prefixes = KVCacheManager(paged_config, ManagerOptions(prefix_caching=False))
+    paged_engine = _warm_engine(model, without_prefixes, sizes.num_prompts, sizes)
     dense, paged = _serve_in_turn((dense_engine, paged_engine), prompts, sampling, sizes)
 
     def regenerate(known: list[list[int]], max_tokens: list[int]) -> list[GenerationResult]:
@@ -126,7 +143,13 @@ def run_demo(out: str | os.PathLike[str] = ".", sizes: DemoSizes = DemoSizes()) 
     console.print(f"tokens: {comparison}\npicture: {picture}", highlight=False)
     if not comparison.equal:
         raise KVCacheError(f"dense and paged tokens: {comparison}")
-    return DemoReport(dense, paged, comparison, picture)
+    cached_engine = _warm_engine(model, KVCacheManager(paged_config), sizes.num_prompts, sizes)
+    alike = prefix_traffic(tokens, sizes.prefix)
+    prefix = compare_prefix_caching(paged_engine, cached_engine, alike, sizes.prefix)
+    print_prefix_table(console, prefix, alike, sizes.prefix)
+    if not prefix.comparison.equal:
+        raise KVCacheError(f"tokens with and without the prefix cache: {prefix.comparison}")
+    return DemoReport(dense, paged, comparison, picture, prefix)
 
 
 def demo_model_directory() -> Any:
@@ -134,16 +157,19 @@ def demo_model_directory() -> Any:
     return importlib.resources.as_file(importlib.resources.files("pyagent_kv_jax.serving") / "demo_model")
 
 
-def demo_traffic(tokenizer: Any, sizes: DemoSizes) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts cut from Python's own reference text, and how much to generate after each; the same every time."""
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    tokens = tokenizer.encode(text).ids
+def demo_text() -> str:
+    """Python's own reference text."""
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def demo_traffic(tokens: Sequence[int], sizes: DemoSizes) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts cut from a text, and how much to generate after each; the same every time."""
     rng = np.random.default_rng(0)
     shortest, longest = sizes.prompt_tokens
     prompt_lengths = rng.permutation(np.geomspace(shortest, longest, sizes.num_prompts).astype(int))
     output_lengths = rng.permutation(np.linspace(*sizes.output_tokens, sizes.num_prompts).astype(int))
     starts = np.linspace(0, len(tokens) - longest, sizes.num_prompts).astype(int)
-    prompts = [tokens[start : start + n] for start, n in zip(starts, prompt_lengths, strict=True)]
+    prompts = [list(tokens[start : start + n]) for start, n in zip(starts, prompt_lengths, strict=True)]
     return prompts, [SamplingParams(max_tokens=int(n), ignore_eos=True) for n in output_lengths]
 
 

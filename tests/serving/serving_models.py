@@ -63,12 +63,10 @@ GEMMA = LlamaConfig(
 )
 
 
+@functools.cache
 def gemma_model():
-    model = LlamaForCausalLM(GEMMA, rngs=nnx.Rngs(5))
-    for _, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if param[...].ndim > 1:
-            param[...] = param[...] * 4.0  # so that the greedy answer wanders
-    return model, GEMMA
+    """Weights as they start: here the greedy answer wanders by itself."""
+    return LlamaForCausalLM(GEMMA, rngs=nnx.Rngs(5)), GEMMA
 
 
 def answers_of(results):

@@ -7,7 +7,8 @@ from matplotlib import image
 from pyagent_kv_jax.cache import AttentionMetadata
 from pyagent_kv_jax.manager.step_plan import StepPlan
 from pyagent_kv_jax.serving.cache_record import CacheRecord
-from pyagent_kv_jax.serving.demo import DemoSizes, demo_model_directory, demo_traffic, run_demo
+from pyagent_kv_jax.serving.demo import DemoSizes, demo_model_directory, demo_text, demo_traffic, run_demo
+from pyagent_kv_jax.serving.prefix_demo import PrefixSizes, prefix_traffic
 from pyagent_kv_jax.serving.request import Request
 from pyagent_kv_jax.serving.sampling import SamplingParams
 from pyagent_kv_jax.serving.scheduler import Outcome, Schedule
@@ -21,6 +22,7 @@ SIZES = DemoSizes(
     token_budget=64,
     row_buckets=(10,),
     repeats=1,
+    prefix=PrefixSizes(num_prompts=6, shared_tokens=70, own_tokens=(3, 9), output_tokens=4, repeats=2),
 )
 
 
@@ -34,8 +36,25 @@ def test_demo_serves_alike_and_shows_it(tmp_path, capsys):
     assert dense_config.num_slots == paged_config.num_slots  # equal memory
     assert report.picture == tmp_path / "pictures" / "kv_cache_blocks.png"
     assert image.imread(report.picture).shape[0] > 300
+    without, cached = report.prefix.without, report.prefix.cached
+    assert report.prefix.comparison.equal
+    assert report.prefix.comparison.num_tokens == 6 * 4
+    assert without.num_computed == sum(map(len, prefix_traffic(range(200), SIZES.prefix)))
+    assert without.num_cached == 0
+    # The first prompt's first 64 tokens come in one step; the others find its 4 full blocks.
+    assert cached.num_cached == 5 * 64
+    assert cached.num_computed == without.num_computed - 5 * 64
     printed = capsys.readouterr().out
-    for word in ("bytes reserved", "bytes used", "waste", "in flight", "tokens/s", "compilations", "the same"):
+    for word in (
+        "bytes reserved",
+        "bytes used",
+        "waste",
+        "in flight",
+        "tokens/s",
+        "compilations",
+        "the same",
+        "first token",
+    ):
         assert word in printed
 
 
@@ -45,7 +64,7 @@ def test_full_demo_asks_for_what_the_goal_says():
 
     sizes = DemoSizes()
     with demo_model_directory() as directory:
-        prompts, sampling = demo_traffic(load_tokenizer(directory), sizes)
+        prompts, sampling = demo_traffic(load_tokenizer(directory).encode(demo_text()).ids, sizes)
     lengths = [len(prompt) for prompt in prompts]
     totals = [n + each.max_tokens for n, each in zip(lengths, sampling, strict=True)]
     assert (len(prompts), sizes.max_model_len, sizes.block_size) == (48, 2048, 16)

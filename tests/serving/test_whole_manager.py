@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from serving_models import answers_of, gemma_model, separate
@@ -17,15 +16,6 @@ ALL_ON = ManagerOptions(
     num_host_blocks=200,
     preemption_cost=PreemptionCost(prefill_tokens_per_second=1e-3, swap_bytes_per_second=1e12),  # swap, always
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Most of the time here is compiling the control plane's programs, each run a few times."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def demo_model():
