@@ -176,7 +176,7 @@ class Soak:
         if ready:
             self.manager.record_tokens([request.name for request in ready], np.array(tokens, np.int32))
         for request in ready:
-            if self.random.random() < 0.1:
+            if self.random.random() < 0.05:
                 self._reserve(request)
 
     def _reserve(self, request: Request) -> None:
@@ -193,7 +193,7 @@ class Soak:
         draw, held = self.random.random, self._at("device")
         if len(self.requests) < MOST_KNOWN:
             self._add()
-        if held and len(self.manager.request_ids()) < ROWS and draw() < 0.1:
+        if held and len(self.manager.request_ids()) < ROWS and draw() < 0.05:
             self._fork(self.random.choice(held))
         if held and draw() < 0.03:
             self._preempt(self.random.sample(held, self.random.randint(1, min(2, len(held)))))
