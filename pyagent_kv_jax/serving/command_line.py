@@ -47,6 +47,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     command.add_argument("--top-k", type=int, default=None, help="sample among the k best tokens")
     command.add_argument("--top-p", type=float, default=1.0, help="sample among the best tokens of this share")
+    command.add_argument("-n", "--samples", type=int, default=1, help="answers to each prompt, which they share")
     command.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
     command.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
     command.add_argument("--stream", action="store_true", help="show text as it comes (one prompt only)")
@@ -65,17 +66,18 @@ def _generate(args: argparse.Namespace) -> None:
         seed=args.seed,
         max_tokens=args.max_tokens,
         ignore_eos=args.ignore_eos,
+        n=args.samples,
     )
     prompts = args.prompt if args.prompts is None else _read_prompts(Path(args.prompts))
-    if args.stream and len(prompts) != 1:
-        raise InvalidArgumentError(f"--stream: got {len(prompts)} prompts, want 1")
+    if args.stream and len(prompts) * sampling.n != 1:
+        raise InvalidArgumentError(f"--stream: got {len(prompts)} prompts, {sampling.n} answers each, want 1 and 1")
 
     from pyagent_kv_jax.serving.generate import fitting_cache_config
     from pyagent_kv_jax.serving.text import LLM
 
     llm = LLM.load(args.model)
-    lengths = [len(llm.encode(prompt)) + sampling.max_tokens for prompt in prompts]
-    max_num_seqs = min(args.max_num_seqs, len(prompts))
+    lengths = [len(llm.encode(prompt)) + sampling.max_tokens for prompt in prompts for _ in range(sampling.n)]
+    max_num_seqs = min(args.max_num_seqs, len(lengths))
     config = fitting_cache_config(
         llm.model, lengths, max_num_seqs=max_num_seqs, num_blocks=args.num_blocks, block_size=args.block_size
     )
@@ -94,7 +96,8 @@ def _generate(args: argparse.Namespace) -> None:
     for prompt, result in zip(prompts, results, strict=True):
         if len(prompts) > 1:
             print(f">>> {prompt}")
-        print(result.text)
+        for number, answer in enumerate((result, *result.other_samples), 1):
+            print(f"[{number}] {answer.text}" if sampling.n > 1 else answer.text)
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -79,7 +79,7 @@ def generate(
     """
     if backend is not None and cache_config is not None:
         raise InvalidArgumentError("got both backend and cache_config, want one of them")
-    params = _one_each(sampling, len(prompts))
+    params = one_each(sampling, len(prompts))
     if not prompts:
         return []
     if backend is None:
@@ -100,7 +100,7 @@ def serve(
     progress: bool = False,
 ) -> list[GenerationResult]:
     """As ``generate``, through an engine that lives on (and stays warm) between calls."""
-    params = _one_each(sampling, len(prompts))
+    params = one_each(sampling, len(prompts))
     requests = [engine.make_request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
     answers = [answer for request in requests for answer in (request, *request.samples)]
     index = {answer.request_id: i for i, answer in enumerate(answers)}
@@ -131,7 +131,12 @@ def serve(
     return [result(request) for request in requests]
 
 
-def _one_each(sampling: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+def one_each(sampling: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    """``sampling`` for each of ``count`` prompts.
+
+    Raises:
+        InvalidArgumentError: a sequence of another length, or of something else.
+    """
     if isinstance(sampling, SamplingParams):
         return [sampling] * count
     params = list(sampling)

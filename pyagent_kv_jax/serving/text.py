@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 
 from pyagent_kv_jax.errors import CallbackError, InvalidArgumentError
 from pyagent_kv_jax.models import load_model, load_tokenizer
-from pyagent_kv_jax.serving.generate import GenerationResult, generate
+from pyagent_kv_jax.serving.generate import GenerationResult, generate, one_each
 from pyagent_kv_jax.serving.sampling import GREEDY, SamplingParams
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -51,10 +51,11 @@ class IncrementalDetokenizer:
 
 
 class TextResult(NamedTuple):
-    """An answer as text, and as tokens."""
+    """An answer as text, and as tokens; and the other answers where ``SamplingParams.n`` asked for several."""
 
     text: str
     tokens: GenerationResult
+    other_samples: tuple[TextResult, ...] = ()
 
 
 class LLM:
@@ -102,28 +103,32 @@ class LLM:
         Args:
             prompts: texts.
             sampling: for all, or one for each.
-            on_text: ``on_text(index of prompt, piece of text)`` as it comes; the pieces joined are the answer.
+            on_text: ``on_text(index of answer, piece of text)`` as it comes; the pieces joined are the answer. Answers
+                are counted as for ``on_token`` of ``generate``.
             **options: as ``generate``.
 
         Raises:
             InvalidArgumentError: an empty prompt.
             CallbackError: ``on_text`` raised; generation stopped.
         """
-        streams = [IncrementalDetokenizer(self.tokenizer) for _ in prompts]
+        params = one_each(sampling, len(prompts))
+        streams = [IncrementalDetokenizer(self.tokenizer) for each in params for _ in range(each.n)]
 
         def on_token(index: int, token: int) -> None:
             if on_text is not None and (piece := streams[index].add(token)):
                 on_text(index, piece)
 
         callback = None if on_text is None else on_token
-        results = generate(
-            self.model, [self.encode(p) for p in prompts], sampling=sampling, on_token=callback, **options
-        )
+        results = generate(self.model, [self.encode(p) for p in prompts], sampling=params, on_token=callback, **options)
         if on_text is not None:
             for index, stream in enumerate(streams):
                 if piece := stream.finish():
                     _call(on_text, index, piece)
-        return [TextResult(self._decode(result.token_ids), result) for result in results]
+        return [self._text_of(result) for result in results]
+
+    def _text_of(self, result: GenerationResult) -> TextResult:
+        others = tuple(self._text_of(sample) for sample in result.other_samples)
+        return TextResult(self._decode(result.token_ids), result, others)
 
     def _decode(self, tokens: list[int]) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -44,11 +44,24 @@ def test_a_file_of_prompts_sampled(model_directory, tmp_path, capsys):
     assert capsys.readouterr().out == first  # the seed makes it repeatable
 
 
+def test_several_answers_to_each_prompt(model_directory, capsys):
+    arguments = ["generate", "--model", model_directory, "--prompt", "hello you", *SMALL, "--temperature", "2"]
+    assert main([*arguments, "--seed", "1"]) == 0
+    first = capsys.readouterr().out
+    assert main([*arguments, "--seed", "1", "-n", "3"]) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert answers[0] == f"[1] {first.rstrip()}"
+    assert [line[:3] for line in answers] == ["[1]", "[2]", "[3]"]
+    assert len({line[4:] for line in answers}) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--prompt", ""], "want text of at least one token"),
         (["--prompt", "a", "--prompt", "b", "--stream"], "--stream: got 2 prompts"),
+        (["--prompt", "a", "-n", "2", "--stream"], "--stream: got 1 prompts, 2 answers each"),
+        (["--prompt", "a", "--samples", "0"], "SamplingParams.n: got 0"),
         (["--prompt", "a", "--temperature", "-1"], "temperature: got -1.0"),
         (["--prompt", "a", "--max-tokens", "1000"], "want at most 128 (one row)"),
         (["--prompt", "a", "--num-blocks", "1", "--block-size", "4", "--max-tokens", "9"], "(the pool)"),

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from pyagent_kv_jax.config import KVCacheConfig
-from pyagent_kv_jax.errors import InvalidArgumentError, RequestTooLongError, UnknownRequestError
+from pyagent_kv_jax.errors import (
+    DuplicateRequestError,
+    InvalidArgumentError,
+    RequestTooLongError,
+    UnknownRequestError,
+)
+from pyagent_kv_jax.manager.step_plan import AdmissionPreview
 from pyagent_kv_jax.serving.dense_baseline import DenseCacheManager
 
 LAYERS, ROWS, KV_HEADS, Q_HEADS, MAX_LEN, DIM = 2, 4, 2, 6, 24, 8
@@ -122,3 +128,26 @@ def test_errors_leave_rows_as_they_were():
     assert cache_manager.step(["a"], [1]).metadata.positions.tolist() == [4]
     with pytest.raises(InvalidArgumentError, match="whole row"):
         DenseCacheManager(KVCacheConfig(num_layers=1, num_heads=1, head_dim=8, num_blocks=2, max_model_len=64))
+
+
+def test_what_serving_asks_of_every_cache():
+    cache_manager = manager(rows=1)
+    cache_manager.add_request("a", [1, 2, 3])
+    cache_manager.add_request("b", [1, 2, 3])
+    with pytest.raises(DuplicateRequestError, match="already here"):
+        cache_manager.add_request("a", [4])
+    assert cache_manager.preview("b") == AdmissionPreview(num_cached_tokens=0, num_blocks=1)
+    assert cache_manager.step(["a", "b"], [3, 3], num_tokens=8).ok.tolist() == [True, False]
+    with pytest.raises(UnknownRequestError, match="hold no row"):
+        cache_manager.preview("a")
+    with pytest.raises(InvalidArgumentError, match="'swap' for a dense cache"):
+        cache_manager.preempt(["a"], "swap")
+    with pytest.raises(UnknownRequestError):
+        cache_manager.preempt(["a", "b"])
+    assert cache_manager.preempt(["a"]) == {"a": "recompute"}
+    assert cache_manager.preview("a").num_cached_tokens == 0
+    assert cache_manager.step(["b"], [3], free=["a"], num_tokens=8).ok.all()
+    with pytest.raises(UnknownRequestError):
+        cache_manager.free("a")
+    with pytest.raises(InvalidArgumentError, match="requests of their own"):
+        cache_manager.fork("b", "c")

@@ -97,6 +97,7 @@ def test_64_ragged_requests_some_preempted_give_the_dense_tokens(paged_engine, r
 
 def test_nothing_compiles_after_warm_up_whatever_comes(paged_engine):
     rng = np.random.default_rng(5)
+    paged_engine.backend.reset_prefix_cache()
     with counted_compilations() as compiled:
         for count in (1, 3, 7, 40):
             params = [
@@ -109,10 +110,12 @@ def test_nothing_compiles_after_warm_up_whatever_comes(paged_engine):
                 )
                 for i in range(count)
             ]
-            serve(paged_engine, ragged_prompts(count, seed=count), params)
+            for _ in range(2):  # the second time, with hits
+                serve(paged_engine, ragged_prompts(count, seed=count), params)
         with pytest.raises(CallbackError):
             serve(paged_engine, ragged_prompts(9), SamplingParams(max_tokens=9), on_token=lambda *_: 1 / 0)
     assert compiled == []
+    assert paged_engine.backend.stats().hit_rate > 0.2
     assert all_free(paged_engine.backend)
 
 
@@ -210,6 +213,17 @@ def test_a_step_that_breaks_off_gives_every_block_back(paged_engine, monkeypatch
     with counted_compilations() as compiled:
         assert len(serve(paged_engine, prompts, SamplingParams(max_tokens=4))) == 6
     assert compiled == []
+
+
+def test_warm_up_leaves_the_cache_alone_even_a_full_one():
+    manager = paged_manager(num_blocks=8)
+    manager.allocate("other", 32)
+    blocks = manager.get_block_table("other")
+    manager.pages = jax.tree.map(lambda leaf: leaf + 3.25, manager.pages)
+    Engine(small_model(), manager, EngineConfig(4, 16, row_buckets=(4,), token_buckets=(16,))).warm_up()
+    assert manager.get_block_table("other") == blocks
+    assert all((np.asarray(leaf) == 3.25).all() for leaf in jax.tree.leaves(manager.pages))
+    assert manager.stats().hit_rate == 0
 
 
 def test_a_memory_pressure_callback_that_raises_ends_generation_cleanly():
