@@ -11,7 +11,10 @@ Hopper and for TPU v5e, and on CPUs, it is the same program. Other ways, and why
 - gather, copy to the host, scatter there would stage all the blocks at once, where memory is short (not measured);
 - on CPUs a gather and a scatter in one jit keep all the blocks in between: 150 ms for 512 MiB, the loop 32 ms.
 
-Dispatched, the loop has a fixed length, so that a GPU need not ask the host before each turn whether there is another.
+Dispatched, the loop has a fixed length, so that a GPU need not ask the host before each turn whether there is another,
+and it goes through the device's blocks in the order of their ids: on a CPU the tiles of a block, one in each layer, lie
+far apart, and most of what is lost against one copy of all bytes is page-table walks, which neighbours share (a fifth
+less time). Tiles as flat rows, several blocks a turn and a dispatch each for K and V gained nothing.
 """
 
 from __future__ import annotations
@@ -139,6 +142,8 @@ def _swap(copy: Move, source: KVPages | HostPages, target: KVPages | HostPages, 
     if not is_concrete(read, written, src[1], dst[1]):
         return copy(read, written, *_valid_first(src, dst))
     src_ids, dst_ids = checked_pairs(src, dst)
+    order = np.argsort(src_ids if copy is _copy_out else dst_ids)  # no destination is named twice: any order will do
+    src_ids, dst_ids = src_ids[order], dst_ids[order]
     for part in _chunks(len(src_ids)):
         written = _DISPATCHED[copy](read, written, src_ids[part], dst_ids[part])
     return written

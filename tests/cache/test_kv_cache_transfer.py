@@ -94,6 +94,18 @@ def test_out_and_in_bit_for_bit(dtype: DType, count: int) -> None:
     chex.assert_trees_all_equal(after.k_scale, others.k_scale)
 
 
+@pytest.mark.parametrize("eager", [True, False])
+def test_k_stays_k_where_v_has_its_shape(eager: bool) -> None:
+    out, into = (swap_out, swap_in) if eager else (jax.jit(swap_out), jax.jit(swap_in))
+    config = dataclasses.replace(CONFIG, v_head_dim=CONFIG.head_dim)
+    pages, host = random_pages(config), poisoned_host(config)
+    device_before, host_before = on_device(pages), on_host(host)
+    host = out(pages, host, np.array([10, 0, 4]), np.array([3, 8, 0]))
+    check(on_host(host), host_before, device_before, [10, 0, 4], [3, 8, 0])
+    after = into(host, pages, np.array([3, 0]), np.array([1, 2]))
+    check(on_device(after), device_before, device_before, [10, 4], [1, 2])
+
+
 def test_a_block_of_a_group_spans_its_layers() -> None:
     pages, host = random_pages(GROUPED), poisoned_host(GROUPED)
     assert host.k_pages.shape == (HOST_BLOCKS, 2, 2, 4, 16)
