@@ -53,8 +53,13 @@ def test_answers_are_cached_for_the_next_turn(small_engine):
     prompt = [9, 8, 7, 6, 5]
     sampling = SamplingParams(max_tokens=14, ignore_eos=True)
     answer = serve(small_engine, [prompt], sampling)[0].token_ids
-    computed = computed_in(small_engine, lambda: serve(small_engine, [[*prompt, *answer, 1, 2]], sampling))
+    answers = []
+    computed = computed_in(
+        small_engine, lambda: answers.extend(serve(small_engine, [[*prompt, *answer, 1, 2]], sampling))
+    )
     assert computed == 5 + 14 + 2 - 16  # the last token of the answer was never computed
+    small_engine.backend.reset_prefix_cache()
+    assert serve(small_engine, [[*prompt, *answer, 1, 2]], sampling)[0].token_ids == answers[0].token_ids
 
 
 @pytest.mark.parametrize("when", ["before the device", "after the pages were donated", "the results are lost", "NaN"])
