@@ -1,12 +1,14 @@
-"""Blocks reserved for drafts, when something else happens to their request before its step."""
+"""Blocks reserved for drafts, when something else happens to their request before its step; forks and evictions."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pyagent_kv_jax import KVCacheConfig, KVCacheManager, ManagerOptions
+from pyagent_kv_jax import KVCacheConfig, KVCacheManager, LayerGroup, ManagerOptions
 
 CONFIG = KVCacheConfig(
     num_layers=1, num_heads=1, head_dim=2, num_blocks=24, block_size=4, max_num_reqs=4, max_model_len=64
@@ -77,3 +79,35 @@ def test_drafts_in_the_middle_of_a_prompt_are_not_cached() -> None:
     manager.commit("a", 0)
     manager.add_request("b", PROMPT)
     assert manager.lookup_prefix("b").num_tokens == 4
+
+
+def test_what_the_window_sees_without_the_drafts_stays() -> None:
+    groups = (LayerGroup((0,), sliding_window=5), LayerGroup((1,)))
+    manager = KVCacheManager(dataclasses.replace(CONFIG, num_layers=2, layer_groups=groups))
+    manager.allocate("a", 9)
+    manager.reserve("a", 7)
+    manager.step(["a"], [8], num_rows=4, num_tokens=16)
+    manager.step(["b"], [1], num_rows=4)  # in which blocks out of sight are given back
+    manager.commit("a", 0)
+    assert [block >= 0 for block in manager.get_block_table("a")] == [False, True, True]  # token 10 sees 6 to 10
+    manager.check_invariants()
+
+
+def test_a_fork_has_keys_of_its_own() -> None:
+    manager = with_reservation(0)
+    manager.fork("a", "b")
+    for token in (50, 51):
+        manager.record_tokens(["a", "b"], [token, token + 10])
+        manager.step(["a", "b"], [1, 1], num_rows=4)
+    for name, added in (("a", [50, 51, 1]), ("b", [60, 61, 1])):
+        manager.add_request("c", np.append(PROMPT, added))
+        assert manager.lookup_prefix("c").blocks[0, 4] == manager.get_block_table(name)[4]
+        manager.free("c")
+
+
+def test_an_evicted_prefix_is_free_like_any_other() -> None:
+    manager = with_reservation(0)
+    manager.free("a")
+    assert manager.stats().num_cached_free_blocks == 4
+    manager.evict_prefix(PROMPT[:8])
+    assert manager.stats().num_cached_free_blocks == 2
