@@ -29,9 +29,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from pyagent_kv_jax import KVCacheConfig, KVCacheManager, LayerGroup, OutOfBlocksError, StepPlan
+from pyagent_kv_jax import DeviceType, KVCacheConfig, KVCacheManager, LayerGroup, OutOfBlocksError, StepPlan
 from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.manager import ManagerOptions
+from pyagent_kv_jax.manager.kv_cache_manager import PreemptionMode
 
 BLOCK, BLOCKS, HOST_BLOCKS, ROWS, LONGEST, WINDOW = 4, 64, 40, 8, 48, 10
 MOST_KNOWN = 2 * ROWS  # requests here or waiting
@@ -45,7 +46,7 @@ CONFIG = KVCacheConfig(
     max_num_reqs=ROWS,
     max_model_len=LONGEST,
     layer_groups=(LayerGroup((0,), sliding_window=WINDOW), LayerGroup((1,))),
-    device="cpu",
+    device=DeviceType.CPU,
 )
 OPTIONS = ManagerOptions(num_host_blocks=HOST_BLOCKS, event_capacity=64)
 GROWTH_BOUND = 8.0  # MiB; a leak of 16 bytes a step is 12 MiB in 750,000 steps
@@ -67,6 +68,7 @@ class Report:
     lost_blocks: int
     lost_host_blocks: int
     counts: dict[str, int]
+    rss_samples: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # (step, MiB)
 
     def faults(self, growth_bound: float = GROWTH_BOUND) -> list[str]:
         """What is wrong, in words; empty: nothing."""
@@ -236,7 +238,8 @@ class Soak:
         self.counts[f"cancelled: {request.place}"] += 1
 
     def _preempt(self, victims: list[Request]) -> None:
-        names, mode = [request.name for request in victims], self.random.choice(("auto", "swap", "recompute"))
+        names = [request.name for request in victims]
+        mode: PreemptionMode = self.random.choice(("auto", "swap", "recompute"))
         try:
             done = self.manager.preempt(names, mode)
         except OutOfBlocksError:
@@ -314,11 +317,12 @@ def _write(pages: KVPages, values: jax.Array, slots: jax.Array) -> KVPages:
 def run(steps: int, seed: int = 0, *, soak: Soak | None = None, progress: bool = False) -> Report:
     """``steps`` steps, and every request freed."""
     soak = Soak(seed) if soak is None else soak
-    compilations, samples = [0], []
+    compilations = [0]
+    samples: list[tuple[int, float]] = []
     at_half = 0
 
-    def count(name: str, *_: Any, **__: Any) -> None:
-        compilations[0] += name == _COMPILATION
+    def count(event: str, duration_secs: float, **_: Any) -> None:
+        compilations[0] += event == _COMPILATION
 
     jax.monitoring.register_event_duration_secs_listener(count)
     start = time.perf_counter()
@@ -335,11 +339,11 @@ def run(steps: int, seed: int = 0, *, soak: Soak | None = None, progress: bool =
                 at_half = compilations[0]
         seconds = time.perf_counter() - start
         in_second_half = compilations[0] - at_half
+        samples.append((steps, _resident_mib()))
         soak.check()
         soak.free_all()
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
-    samples.append((steps, _resident_mib()))
     warm = np.array([sample for sample in samples if sample[0] >= steps // 4])
     stats = soak.manager.stats()
     soak.counts["cached blocks evicted"], soak.counts["blocks copied on write"] = (
@@ -358,6 +362,7 @@ def run(steps: int, seed: int = 0, *, soak: Soak | None = None, progress: bool =
         lost_blocks=BLOCKS - stats.num_free_blocks,
         lost_host_blocks=HOST_BLOCKS - stats.num_free_host_blocks,
         counts=dict(sorted(soak.counts.items())),
+        rss_samples=samples,
     )
 
 
@@ -379,6 +384,8 @@ def main() -> int:
     report = run(options.steps, options.seed, progress=True)
     faults = report.faults(options.growth_bound)
     for name, value in dataclasses.asdict(report).items():
+        if name == "rss_samples":
+            continue
         print(
             f"{name.replace('_', ' ')}: {value:.1f}"
             if isinstance(value, float)
