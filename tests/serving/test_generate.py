@@ -115,7 +115,7 @@ def test_nothing_compiles_after_warm_up_whatever_comes(paged_engine):
         with pytest.raises(CallbackError):
             serve(paged_engine, ragged_prompts(9), SamplingParams(max_tokens=9), on_token=lambda *_: 1 / 0)
     assert compiled == []
-    assert paged_engine.backend.stats().hit_rate > 0.2
+    assert paged_engine.backend.stats().hit_rate > 0.1
     assert all_free(paged_engine.backend)
 
 
@@ -216,12 +216,12 @@ def test_a_step_that_breaks_off_gives_every_block_back(paged_engine, monkeypatch
 
 
 def test_warm_up_leaves_the_cache_alone_even_a_full_one():
-    manager = paged_manager(num_blocks=8)
-    manager.allocate("other", 32)
-    blocks = manager.get_block_table("other")
+    manager = paged_manager()
+    blocks = {name: manager.allocate(name, num_tokens) for name, num_tokens in zip("abcd", (124, 124, 124, 12))}
+    assert manager.get_num_free_blocks() == 0
     manager.pages = jax.tree.map(lambda leaf: leaf + 3.25, manager.pages)
-    Engine(small_model(), manager, EngineConfig(4, 16, row_buckets=(4,), token_buckets=(16,))).warm_up()
-    assert manager.get_block_table("other") == blocks
+    Engine(small_model(), manager, EngineConfig(16, 32, row_buckets=(4, 16))).warm_up()
+    assert {name: manager.get_block_table(name) for name in blocks} == blocks
     assert all((np.asarray(leaf) == 3.25).all() for leaf in jax.tree.leaves(manager.pages))
     assert manager.stats().hit_rate == 0
 
