@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -70,6 +71,40 @@ class FullBlocks(NamedTuple):
         return self._replace(
             at=self.at[kept], rows=self.rows[kept], keys=keys, first=self.first[kept], last=self.last[kept]
         )
+
+    def and_those_of(self, requests: Sequence[tuple[int, int, BlockKeys, int, int]]) -> FullBlocks:
+        """With more requests: (where in the batch, row, keys, first column, column after the last full one)."""
+        more = [
+            (at, row, keys, first, min(last, len(keys)))
+            for at, row, keys, first, last in requests
+            if first < min(last, len(keys))
+        ]
+        if not more:
+            return self
+        at, rows, keys, first, last = zip(*more, strict=True)
+        return FullBlocks(
+            np.concatenate([self.at, at]),
+            np.concatenate([self.rows, rows]),
+            [*self.keys, *keys],
+            np.concatenate([self.first, first]),
+            np.concatenate([self.last, last]),
+        )
+
+    def runs(self) -> list[tuple[BlockKeys, int, int]]:
+        """(keys, first, last) of each request."""
+        return list(zip(self.keys, self.first.tolist(), self.last.tolist(), strict=True))
+
+    def entries(self) -> tuple[np.ndarray, np.ndarray]:
+        """Block by block: where in the batch its request is, and its column; i64[m] each."""
+        lengths = self.last - self.first
+        if (lengths == 1).all():
+            return self.at, self.first
+        starts = np.cumsum(lengths) - lengths
+        return np.repeat(self.at, lengths), np.arange(lengths.sum()) + np.repeat(self.first - starts, lengths)
+
+    def rows_of_entries(self) -> np.ndarray:
+        """i32[m]: the row of each block's request."""
+        return np.repeat(self.rows, self.last - self.first)
 
 
 class KnownTokens:

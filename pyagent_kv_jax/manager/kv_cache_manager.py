@@ -154,7 +154,7 @@ class KVCacheManager:
             record = self._state.waiting.get(request_id)
             if record is None:
                 raise UnknownRequestError(f"request {request_id!r}: want one that was added and holds no blocks")
-            return self._state.hit_of(record)
+            return self._state.hit_of(request_id)
 
     def preview(self, request_id: str) -> AdmissionPreview:
         """What admitting all known tokens of a request would take now; changes nothing.

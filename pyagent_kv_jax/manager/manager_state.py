@@ -6,9 +6,8 @@ changes.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -32,32 +31,48 @@ from pyagent_kv_jax.manager.known_tokens import FullBlocks, KnownTokens, TokenRe
 from pyagent_kv_jax.manager.manager_stats import Counts, ManagerStats
 from pyagent_kv_jax.manager.memory_pressure import MemoryPressure
 from pyagent_kv_jax.manager.options import ManagerOptions
-from pyagent_kv_jax.manager.prefix_cache import PrefixCache, PrefixHit
+from pyagent_kv_jax.manager.prefix_cache import Claim, PrefixCache, PrefixHit
 from pyagent_kv_jax.manager.prefix_statistics import PrefixStatistics
 from pyagent_kv_jax.manager.request_rows import RequestRows, check_distinct
 from pyagent_kv_jax.manager.step_plan import AdmissionPreview, StepPlan
 from pyagent_kv_jax.manager.swap_space import SwappedRequest, SwapSpace
 from pyagent_kv_jax.tables.padding import padded
 
+_NO_LIMIT = 2**31 - 1
 
-@dataclasses.dataclass(frozen=True)
-class Start:
+
+class Start(NamedTuple):
     """What a request that holds no row begins with.
 
     Attributes:
         hit: cached blocks.
         num_tokens: tokens not to be computed: the hit's, or all that were swapped out.
         limit: most tokens to be computed now.
+        record: its tokens, as far as they are known.
     """
 
     hit: PrefixHit
     num_tokens: int
     limit: int
+    record: TokenRecord | None = None
 
     @property
     def restored(self) -> int:
         """Tokens brought back from host memory."""
         return self.num_tokens - self.hit.num_tokens
+
+    def with_hit(self, hit: PrefixHit) -> Start:
+        """The same, beginning with cached blocks."""
+        if self.num_tokens:  # all of these were swapped out, the cached ones among them
+            return Start(hit, self.num_tokens, self.limit, self.record)
+        return Start(hit, hit.num_tokens, self.limit - hit.num_tokens, self.record)
+
+
+class Filling(NamedTuple):
+    """Blocks that a step fills, before it is known which they are."""
+
+    full: FullBlocks
+    claim: Claim | None
 
 
 class ManagerState:
@@ -82,7 +97,8 @@ class ManagerState:
         self.events = EventLog(options.event_capacity)
         self.hit_rate = PrefixStatistics(options.hit_rate_window)
         self.counts = Counts()
-        self._nothing = Start(self._no_hit(), 0, 2**31 - 1)
+        self._no_hit = PrefixHit(0, np.zeros((len(config.groups), 0), np.int32), None)
+        self._nothing = Start(self._no_hit, 0, _NO_LIMIT)
         self._expected = np.zeros(config.max_num_reqs, np.int32)  # drafts of the next step
         self._drafts = np.zeros(config.max_num_reqs, np.int32)  # computed, and not yet committed
         # Leading columns whose blocks hold nothing: they were out of sight when the request was swapped out.
@@ -138,18 +154,17 @@ class ManagerState:
         )
         # Another thread works on it. Meanwhile, what needs no answer, in the hope that nobody is refused.
         self._forget_freed(batch.freed)
-        is_decode = not starts and not self._expected.any()
-        full = self._newly_full(rows, lengths, counts > 0) if is_decode else None
+        has_drafts = self._expected.any()
+        filling = None if has_drafts else self._filling(rows, lengths * (counts > 0), starts)
         meta, done = under_way.result()
         ok = done.ok
         if not ok.all():
             counts, cached = np.where(ok, counts, 0), np.where(ok, cached, 0)
-            full = full and full.of(ok)
         self._take_in(batch.ids, rows, starts, done)
-        if not is_decode:
+        if has_drafts:
             self._note_drafts(rows, counts)
-            full = self._newly_full(rows, lengths - self._drafts[rows], counts > 0)
-        self._enter(full, np.asarray(meta.block_tables))
+            filling = self._filling(rows, (lengths - self._drafts[rows]) * (counts > 0))
+        self._enter(filling, ok, np.asarray(meta.block_tables))
         return StepPlan(batch.ids, ok, counts.astype(np.int32), meta, cached.astype(np.int32))
 
     def _note_drafts(self, rows: np.ndarray, counts: np.ndarray) -> None:
@@ -185,7 +200,7 @@ class ManagerState:
         if not done.ok[0]:
             return False
         self._take_in((request_id,), rows, starts, done)
-        self._enter(self._newly_full(rows, lengths, counts >= 0), self.control.blocks_of(int(rows[0]))[:, None])
+        self._enter(self._filling(rows, lengths), done.ok, self.control.blocks_of(int(rows[0]))[:, None])
         return True
 
     def _rows_and_starts(
@@ -199,25 +214,33 @@ class ManagerState:
         chosen = self.rows.choose([ids[i] for i in new], freed_rows)
         rows = rows.copy()
         rows[new] = chosen
-        return rows, {i: self._start_of(ids[i], at_most) for i in new}
+        return rows, dict(zip(new, self._starts_of([ids[i] for i in new], at_most), strict=True))
 
-    def _start_of(self, request_id: str, at_most: int | None) -> Start:
-        if (record := self.waiting.get(request_id)) is not None:
-            hit = self.hit_of(record, at_most)
-            return Start(hit, hit.num_tokens, record.num_tokens - hit.num_tokens)
-        if (swapped := self.swap.requests.get(request_id)) is not None:
-            hit = self._no_hit()
-            if swapped.record is not None and self.options.prefix_caching:
-                hit = self.prefixes.lookup(swapped.record.keys, swapped.num_tokens)
-            return Start(hit, swapped.num_tokens, 2**31 - 1)
-        return self._nothing
+    def _starts_of(self, ids: Sequence[str], at_most: int | None = None) -> list[Start]:
+        """What requests that hold no row begin with; one of known tokens must compute its last one."""
+        starts: list[Start] = []
+        looked_up: list[tuple[int, BlockKeys, int]] = []
+        for i, request_id in enumerate(ids):
+            start = self._nothing
+            if (record := self.waiting.get(request_id)) is not None:
+                start = Start(self._no_hit, 0, record.num_tokens, record)
+                most = record.num_tokens if at_most is None else min(record.num_tokens, at_most)
+                if record.may_read:
+                    looked_up.append((i, record.keys, max(most - 1, 0)))
+            elif (swapped := self.swap.requests.get(request_id)) is not None:
+                start = Start(self._no_hit, swapped.num_tokens, _NO_LIMIT, swapped.record)
+                if swapped.record is not None:
+                    looked_up.append((i, swapped.record.keys, swapped.num_tokens))
+            starts.append(start)
+        if looked_up and self.options.prefix_caching:
+            hits = self.prefixes.lookup_many([(keys, most) for _, keys, most in looked_up])
+            for (i, *_), hit in zip(looked_up, hits, strict=True):
+                starts[i] = starts[i].with_hit(hit)
+        return starts
 
-    def hit_of(self, record: TokenRecord, at_most: int | None = None) -> PrefixHit:
-        """What is cached of a request that must compute its last token."""
-        if not self.options.prefix_caching or not record.may_read:
-            return self._no_hit()
-        most = record.num_tokens if at_most is None else min(record.num_tokens, at_most)
-        return self.prefixes.lookup(record.keys, max(most - 1, 0))
+    def hit_of(self, request_id: str) -> PrefixHit:
+        """What is cached of a request that holds no row."""
+        return self._starts_of([request_id])[0].hit
 
     def preview(self, request_id: str) -> AdmissionPreview:
         """See ``KVCacheManager.preview``."""
@@ -226,18 +249,13 @@ class ManagerState:
             raise UnknownRequestError(
                 f"request {request_id!r}: want one that was added or preempted, and holds no blocks on the device"
             )
-        start = self._start_of(request_id, None)
-        if swapped is not None:
-            record = swapped.record
-        num_tokens = max(start.num_tokens, 0 if record is None else record.num_tokens)
+        (start,) = self._starts_of([request_id])
+        num_tokens = max(start.num_tokens, 0 if start.record is None else start.record.num_tokens)
         hits = start.hit.blocks[start.hit.blocks >= 0]
         revived = int((self.control.ref_counts()[hits] == 0).sum())
         return AdmissionPreview(
             start.num_tokens, self.blocks_for(num_tokens) - self.blocks_for(start.hit.num_tokens) + revived
         )
-
-    def _no_hit(self) -> PrefixHit:
-        return PrefixHit(0, np.zeros((len(self.config.groups), 0), np.int32), None)
 
     def _take_in(self, ids: tuple[str, ...], rows: np.ndarray, starts: dict[int, Start], done: Extended) -> None:
         """After an admission: rows are taken, evicted keys forgotten, pages moved."""
@@ -291,41 +309,61 @@ class ManagerState:
         if len(src):
             self.pages = copy_blocks_in_place(self.pages, padded(src), padded(dst))
 
-    def _newly_full(self, rows: np.ndarray, lengths: np.ndarray, served: np.ndarray) -> FullBlocks | None:
-        """Blocks to be entered once the ``served`` bool[n] of ``rows`` hold ``lengths`` tokens that are no drafts."""
-        return self.tokens.newly_full(rows, lengths * served) if self.options.prefix_caching else None
+    def _filling(self, rows: np.ndarray, lengths: np.ndarray, starts: Mapping[int, Start] = {}) -> Filling | None:
+        """What is to be entered once ``rows`` i32[n] hold ``lengths`` i64[n] tokens that are no drafts.
 
-    def _enter(self, full: FullBlocks | None, tables: np.ndarray) -> None:
-        """These can be hit from now on; ``tables`` i32[n, columns], or i32[G, n, columns] of several groups."""
-        if full is None or not full.keys:
+        ``starts``, by index, of those that have not taken their rows yet. To be given to ``_enter``, nothing looked up
+        before.
+        """
+        if not self.options.prefix_caching:
+            return None
+        full, block_size = self.tokens.newly_full(rows, lengths), self.config.block_size
+        if starts:
+            full = full.and_those_of(
+                [
+                    (i, int(rows[i]), start.record.keys, start.hit.blocks.shape[1], int(lengths[i]) // block_size)
+                    for i, start in starts.items()
+                    if start.record is not None
+                ]
+            )
+        return Filling(full, self.prefixes.claim(full.runs())) if full.keys else None
+
+    def _enter(self, filling: Filling | None, ok: np.ndarray, tables: np.ndarray) -> None:
+        """What the ``ok`` bool[n] have filled can be hit from now on.
+
+        ``tables`` i32[n, columns], or i32[G, n, columns] of several groups; -1 for those that are not ok.
+        """
+        if filling is None:
             return
-        self.tokens.enter(full)
-        one_each = bool((full.last - full.first == 1).all())
-        tables = tables if tables.ndim == 3 else tables[None]
-        if self._hollow.any():
-            tables, hollow = tables.copy(), self._hollow[:, full.rows, None]
-            tables[:, full.at] = np.where(np.arange(tables.shape[2]) < hollow, -1, tables[:, full.at])
-        for group, table in enumerate(tables):
-            if one_each:
-                entries = list(zip(full.keys, full.first.tolist(), strict=True))
-                entered = self.prefixes.insert_many(group, entries, table[full.at, full.first])
+        full, claim = filling
+        self.tokens.enter(full if ok.all() else full.of(ok))
+        at, columns = full.entries()
+        for group, table in enumerate(tables if tables.ndim == 3 else tables[None]):
+            ids = table[at, columns]
+            if self._hollow.any():
+                ids = np.where(columns < self._hollow[group, full.rows_of_entries()], -1, ids)
+            if claim is not None:
+                entered = self.prefixes.enter(group, claim, ids)
             else:
-                entered = np.concatenate(
-                    [self.prefixes.insert(group, k, n, table[i, n:m]) for i, k, n, m in _each_of(full)]
-                )
+                ends = np.cumsum(full.last - full.first)
+                runs = zip(full.runs(), np.split(ids, ends[:-1]), strict=True)
+                entered = np.concatenate([self.prefixes.insert(group, k, first, run) for (k, first, _), run in runs])
             self.control.mark_cached(entered)
             if self.events.enabled:
-                for i, keys, first, last in _each_of(full):
-                    self._tell_stored(group, keys, first, table[i, first:last], entered)
+                self._tell_stored(group, full, ids, entered)
 
-    def _tell_stored(self, group: int, keys: BlockKeys, first: int, ids: np.ndarray, entered: np.ndarray) -> None:
-        stored = np.isin(ids, entered)
-        for start, end in _runs(stored):
-            blocks = ids[start:end].tolist()
-            digests = keys.digests[first + start : first + end]
-            self.events.append(
-                BlockStored(group, tuple(blocks), tuple(digests), keys.parent_of(first + start), keys.extras.adapter)
-            )
+    def _tell_stored(self, group: int, full: FullBlocks, ids: np.ndarray, entered: np.ndarray) -> None:
+        stored, start = np.isin(ids, entered), 0
+        for keys, column, last in full.runs():
+            for first, end in _runs(stored[start : start + last - column]):
+                blocks = ids[start + first : start + end].tolist()
+                digests = keys.digests[column + first : column + end]
+                self.events.append(
+                    BlockStored(
+                        group, tuple(blocks), tuple(digests), keys.parent_of(column + first), keys.extras.adapter
+                    )
+                )
+            start += last - column
 
     # -- giving back -------------------------------------------------------------------------------------------
 
@@ -349,7 +387,7 @@ class ManagerState:
     def _forget_evicted(self, ids: np.ndarray) -> None:
         if len(ids):
             self.counts.evicted_blocks += len(ids)
-            for event in self.prefixes.forget(ids):
+            for event in self.prefixes.forget(ids, tell=self.events.enabled):
                 self.events.append(event)
 
     # -- forks and drafts --------------------------------------------------------------------------------------
@@ -600,11 +638,6 @@ class ManagerState:
             f"{self.config.max_request_tokens} (max_model_len {self.config.max_model_len}, pool "
             f"{self.config.pool_blocks} blocks of {self.config.block_size})"
         )
-
-
-def _each_of(full: FullBlocks) -> list[tuple[int, BlockKeys, int, int]]:
-    """(where in the batch, keys, first, last) of each request."""
-    return list(zip(full.at.tolist(), full.keys, full.first.tolist(), full.last.tolist(), strict=True))
 
 
 def _hits(starts: dict[int, Start], num_rows: int) -> Hits | None:

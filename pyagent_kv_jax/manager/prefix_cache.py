@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 
 from pyagent_kv_jax.errors import ConfigError, InvalidArgumentError, InvalidBlockError, ShapeMismatchError
 from pyagent_kv_jax.manager.block_hash import BlockHasher, BlockKeys, ChainNode
+from pyagent_kv_jax.manager.digest_map import WORDS, DigestMap
 from pyagent_kv_jax.manager.events import BlockRemoved
 from pyagent_kv_jax.manager.prefix_search import LocalSearch, Reach
 
@@ -31,6 +32,18 @@ class PrefixHit(NamedTuple):
     num_tokens: int
     blocks: np.ndarray
     limited_by: int | None
+
+
+class Claim(NamedTuple):
+    """Room for n blocks that are known by their keys, before it is known which blocks they are.
+
+    Attributes:
+        digests: u64[n, WORDS].
+        places: i64[n] in each group's map; -1 where another block has the key.
+    """
+
+    digests: np.ndarray
+    places: list[np.ndarray]
 
 
 class PrefixCache:
@@ -74,14 +87,15 @@ class PrefixCache:
         self._full = [group for group, reach in enumerate(self._reaches) if reach.is_full]
         self._local = [group for group, reach in enumerate(self._reaches) if not reach.is_full]
         self._hasher: BlockHasher | None = None
-        # Dicts of bytes and ints only: the garbage collector does not walk them.
-        self._block_of: list[dict[bytes, int]] = [{} for _ in windows]
-        self._key_of: dict[int, bytes] = {}
-        self._node_of: dict[int, ChainNode] = {}  # empty where the digest is proof enough
+        self._maps = [DigestMap(num_blocks) for _ in windows]
+        self._group_of = np.full(num_blocks, -1, np.int8)  # -1: not cached
+        self._order = np.zeros(num_blocks, np.int64)  # scratch space
+        # Of every cached block where the digest is no proof; else empty.
+        self._content_of: dict[int, tuple[bytes, ChainNode]] = {}
 
     def __len__(self) -> int:
         """Cached blocks, over all groups."""
-        return len(self._key_of)
+        return sum(map(len, self._maps))
 
     @property
     def minimum_reusable_length(self) -> int:
@@ -97,28 +111,88 @@ class PrefixCache:
         Raises:
             InvalidArgumentError: ``max_tokens`` below 0, or keys of another hasher.
         """
-        self._require_hasher(keys)
-        if max_tokens < 0:
-            raise InvalidArgumentError(f"max_tokens: got {max_tokens}, want at least 0")
-        allowed = length = min(max_tokens // self.block_size, len(keys.digests))
-        leading = {}
+        return self.lookup_many([(keys, max_tokens)])[0]
+
+    def lookup_many(self, requests: Sequence[tuple[BlockKeys, int]]) -> list[PrefixHit]:
+        """``lookup`` for many (keys, max_tokens) at once."""
+        for keys, max_tokens in requests:
+            self._require_hasher(keys)
+            if max_tokens < 0:
+                raise InvalidArgumentError(f"max_tokens: got {max_tokens}, want at least 0")
+        allowed = [min(tokens // self.block_size, len(keys.digests)) for keys, tokens in requests]
+        if self._full:  # most prompts are new from their first block on, and have nothing else to be looked up
+            firsts = words_of([(keys, 0, min(most, 1)) for (keys, _), most in zip(requests, allowed, strict=True)])
+            known = iter((self._maps[self._full[0]].find(firsts) >= 0).tolist())
+            allowed_now = [most if most and next(known) else 0 for most in allowed]
+        else:
+            allowed_now = allowed
+        digests = words_of([(keys, 0, most) for (keys, _), most in zip(requests, allowed_now, strict=True)])
+        found = np.stack([a_map.find(digests) for a_map in self._maps]) if len(digests) else None
+        hits, start = [], 0
+        for (keys, _), most, now in zip(requests, allowed, allowed_now, strict=True):
+            if found is None or not now:
+                hits.append(self._no_hit(keys, most))
+            else:
+                hits.append(self._longest(keys, found[:, start : start + now]))
+            start += now
+        return hits
+
+    def _no_hit(self, keys: BlockKeys, allowed: int) -> PrefixHit:
+        limited_by = None
+        if allowed and self.num_groups > 1:
+            firsts = words_of([(keys, 0, 1)])
+            limited_by = self._limiting_group(keys, 0, [a_map.find(firsts) for a_map in self._maps])
+        return PrefixHit(0, np.zeros((self.num_groups, 0), np.int32), limited_by)
+
+    def _longest(self, keys: BlockKeys, found: np.ndarray) -> PrefixHit:
+        """The longest prefix of which every group has what it needs; ``found`` i32[groups, n], by key."""
+        length = found.shape[1]
         for group in self._full:
-            leading[group] = self._leading_blocks(group, keys, length)
-            length = len(leading[group])
-        searches = {group: LocalSearch(self._reaches[group], self._finder(group, keys)) for group in self._local}
+            length = self._num_leading(keys, found[group, :length])
+        searches = {group: LocalSearch(self._reaches[group], self._finder(keys, found[group])) for group in self._local}
         before = -1
         while length != before:  # until no group shortens it any more
             before = length
             for search in searches.values():
                 length = search.longest(length)
-        blocks = np.full((self.num_groups, length), -1, np.int32)
-        for group, found in leading.items():
-            blocks[group] = found[:length]
-        for group, search in searches.items():
-            first = self._reaches[group].first_needed(length)
-            blocks[group, first:] = [search.found[index] for index in range(first, length)]
-        limited_by = self._limiting_group(keys, length) if length < allowed and self.num_groups > 1 else None
+        blocks = found[:, :length].copy()
+        for group in searches:
+            blocks[group, : self._reaches[group].first_needed(length)] = -1
+        limited_by = None
+        if length < found.shape[1] and self.num_groups > 1:
+            limited_by = self._limiting_group(keys, length, list(found))
         return PrefixHit(length * self.block_size, blocks, limited_by)
+
+    def _num_leading(self, keys: BlockKeys, found: np.ndarray) -> int:
+        """How many of the first keys have their block, one after another."""
+        missing = found < 0
+        leading = int(missing.argmax()) if missing.any() else len(found)
+        if keys.nodes is None:
+            return leading
+        find = self._finder(keys, found)
+        return next((index for index in range(leading) if find(index) is None), leading)
+
+    def _finder(self, keys: BlockKeys, found: np.ndarray) -> Callable[[int], int | None]:
+        """A function from a block's index in the request to the block that has the same content."""
+
+        def find(index: int) -> int | None:
+            block = int(found[index])
+            return block if block >= 0 and self._is_content(keys, index, block) else None
+
+        return find
+
+    def _is_content(self, keys: BlockKeys, index: int, block: int) -> bool:
+        return keys.nodes is None or keys.matches(index, self._content_of[block][1])
+
+    def _limiting_group(self, keys: BlockKeys, length: int, found: list[np.ndarray]) -> int | None:
+        # Every group serves ``length`` blocks, so of one block more it can only lack the last.
+        lacking = [
+            group
+            for group in self._groups
+            if self._reaches[group].first_needed(length + 1) <= length
+            and self._finder(keys, found[group])(length) is None
+        ]
+        return lacking[0] if len(lacking) < self.num_groups else None
 
     def insert(self, group: int, keys: BlockKeys, first: int, block_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Enter a request's blocks ``first``, ``first + 1``, ... under their keys.
@@ -134,56 +208,85 @@ class PrefixCache:
             InvalidArgumentError: no such group, keys that do not reach so far, or keys of another hasher.
             InvalidBlockError: an id outside the pool.
         """
-        array, ids = self._checked(group, block_ids)
+        ids = self._checked(group, block_ids)
         self._require_hasher(keys)
         last = first + len(ids)
         if not 0 <= first <= last <= len(keys.digests):
             raise InvalidArgumentError(f"got blocks {first} to {last - 1}, want them among {len(keys)} with a key")
-        if keys.nodes is None:
-            return self._enter(group, keys.digests[first:last], array, ids)
-        return self._enter_verified(group, [(keys, index) for index in range(first, last)], array, ids)
+        entered = [self._insert_one(group, keys, first + i, block) for i, block in enumerate(ids.tolist())]
+        return ids[np.array(entered, bool)]
 
-    def insert_many(
-        self, group: int, entries: Sequence[tuple[BlockKeys, int]], block_ids: Sequence[int] | np.ndarray
-    ) -> np.ndarray:
-        """``insert`` for blocks of several requests at once: entry (keys, index) is block ``index`` of a request."""
-        array, ids = self._checked(group, block_ids)
-        if len(entries) != len(ids):
-            raise InvalidArgumentError(f"got {len(entries)} entries and {len(ids)} block ids, want one id an entry")
-        digests = []
-        for keys, index in entries:
-            own = keys.digests
-            if keys.hasher is not self._hasher:
-                self._require_hasher(keys)
-            if not 0 <= index < len(own):
-                raise InvalidArgumentError(f"got block {index}, want one of {len(own)} that have a key")
-            digests.append(own[index])
-        if self._hasher is None or self._hasher.is_collision_resistant:
-            return self._enter(group, digests, array, ids)
-        return self._enter_verified(group, entries, array, ids)
+    def _insert_one(self, group: int, keys: BlockKeys, index: int, block: int) -> bool:
+        if block < 0 or self._group_of[block] >= 0:
+            return False
+        digests = words_of([(keys, index, index + 1)])
+        places = self._maps[group].claim(digests)
+        if places[0] < 0:
+            self.num_collisions += not self._is_content(keys, index, int(self._maps[group].find(digests)[0]))
+            return False
+        self._fill(group, places, digests, np.array([block], np.int32))
+        if keys.nodes is not None:
+            self._content_of[block] = keys.digests[index], keys.nodes[index]
+        return True
 
-    def forget(self, block_ids: Iterable[int] | np.ndarray) -> list[BlockRemoved]:
+    def _fill(self, group: int, places: np.ndarray, digests: np.ndarray, ids: np.ndarray) -> None:
+        self._maps[group].fill(places, digests, ids)
+        self._group_of[ids] = group
+
+    def claim(self, runs: Sequence[tuple[BlockKeys, int, int]]) -> Claim | None:
+        """Make room, in all groups, for blocks of many requests whose ids are not known yet.
+
+        Args:
+            runs: (keys, first, last) each: blocks ``first`` up to, not including, ``last`` of a request.
+
+        Returns:
+            To be given to ``enter`` for every group, with no ``insert`` or lookup before. None where digests are no
+            proof of content: then ``insert`` has to compare.
+        """
+        for keys, first, last in runs:
+            self._require_hasher(keys)
+            if not 0 <= first <= last <= len(keys.digests):
+                raise InvalidArgumentError(f"got blocks {first} to {last - 1}, want them among {len(keys)} with a key")
+        if self._hasher is None or not self._hasher.is_collision_resistant:
+            return None
+        digests = words_of(runs)
+        return Claim(digests, [a_map.claim(digests) for a_map in self._maps])
+
+    def enter(self, group: int, claim: Claim, ids: np.ndarray) -> np.ndarray:
+        """As ``insert``, for the blocks ``ids`` i32[n] of a claim, none twice; -1 for those that came to nothing."""
+        digests, places = claim.digests, claim.places[group]
+        fresh = (ids >= 0) & (self._group_of[ids] < 0)
+        kept = fresh & (places >= 0)
+        if not kept.all():
+            self._maps[group].release(places[(places >= 0) & ~fresh])
+            digests, places, ids = digests[kept], places[kept], ids[kept]
+        self._fill(group, places, digests, ids)
+        return ids
+
+    def forget(self, block_ids: Iterable[int] | np.ndarray, *, tell: bool = True) -> list[BlockRemoved]:
         """Take blocks out of the map; ids that are not in it (-1 too) are ignored.
 
         Returns:
-            what was removed, one event a group.
+            what was removed, one event a group; nothing without ``tell``.
         """
-        removed: list[tuple[list[int], list[bytes]]] = [([], []) for _ in self._block_of]
-        group, take = 0, self._key_of.pop
-        for block in block_ids.tolist() if isinstance(block_ids, np.ndarray) else block_ids:
-            key = take(block, None)
-            if key is None:
-                continue
-            if self._block_of[group].get(key) != block:  # blocks of one group come in runs: ask the last one first
-                group = self._group_of(block, key)
-            del self._block_of[group][key]
-            blocks, keys = removed[group]
-            blocks.append(block)
-            keys.append(key)
-        if self._node_of:
-            for block in chain.from_iterable(blocks for blocks, _ in removed):
-                del self._node_of[block]
-        return [BlockRemoved(group, tuple(blocks), tuple(keys)) for group, (blocks, keys) in enumerate(removed) if keys]
+        ids = block_ids if isinstance(block_ids, np.ndarray) else np.fromiter(block_ids, np.int64)
+        ids = ids[(ids >= 0) & (ids < self.num_blocks)]
+        order = np.arange(len(ids))
+        self._order[ids[::-1]] = order[::-1]
+        ids = ids[self._order[ids] == order]  # each once
+        groups = self._group_of[ids]
+        events = []
+        for group in self._groups:
+            gone = ids if self.num_groups == 1 and (groups == 0).all() else ids[groups == group]
+            if len(gone):
+                if tell:
+                    events.append(BlockRemoved(group, tuple(gone.tolist()), self._keys_of(group, gone)))
+                self._maps[group].remove(gone)
+        self._group_of[ids] = -1
+        if self._content_of:
+            for block in ids.tolist():
+                self._content_of.pop(block, None)
+        return events
 
     def remap(self, old_ids: Sequence[int] | np.ndarray, new_ids: Sequence[int] | np.ndarray) -> None:
         """Follow blocks that moved, all at once: what was cached as ``old_ids[i]`` is cached as ``new_ids[i]``.
@@ -192,130 +295,72 @@ class PrefixCache:
             InvalidArgumentError: not as many new ids as old ones.
             InvalidBlockError: an id outside the pool, one named twice, or a cached block that something moved onto.
         """
-        old, new = self._checked(0, old_ids, lowest=0)[1], self._checked(0, new_ids, lowest=0)[1]
+        old, new = self._checked(0, old_ids, lowest=0), self._checked(0, new_ids, lowest=0)
         if len(old) != len(new):
             raise InvalidArgumentError(f"got {len(old)} old and {len(new)} new ids, want one new id an old one")
-        if any(len(set(ids)) != len(ids) for ids in (old, new)):
+        if any(len(np.unique(ids)) != len(ids) for ids in (old, new)):
             raise InvalidBlockError("old_ids or new_ids: got an id twice, want each once")
-        if overwritten := self._key_of.keys() & (set(new) - set(old)):
-            raise InvalidBlockError(f"new_ids: blocks {sorted(overwritten)} are cached and stay; forget them first")
-        nodes = {block: self._node_of[block] for block in old if block in self._node_of}
-        moved = dict(zip(old, new, strict=True))
-        for event in self.forget(old):
-            for block, key in zip(event.block_ids, event.keys, strict=True):
-                self._block_of[event.group][key] = moved[block]
-                self._key_of[moved[block]] = key
-        self._node_of |= {moved[block]: node for block, node in nodes.items()}
+        overwritten = np.setdiff1d(new, old)
+        overwritten = overwritten[self._group_of[overwritten] >= 0]
+        if len(overwritten):
+            raise InvalidBlockError(f"new_ids: blocks {overwritten.tolist()} are cached and stay; forget them first")
+        groups = self._group_of[old]
+        for group in self._groups:
+            self._maps[group].move(old[groups == group], new[groups == group])
+        self._group_of[old] = -1
+        self._group_of[new] = groups
+        moved = dict(zip(old.tolist(), new.tolist(), strict=True))
+        self._content_of = {moved.get(block, block): content for block, content in self._content_of.items()}
 
     def reset(self) -> None:
         """Forget every block."""
-        for blocks in self._block_of:
-            blocks.clear()
-        self._key_of.clear()
-        self._node_of.clear()
+        for a_map in self._maps:
+            a_map.clear()
+        self._group_of[:] = -1
+        self._content_of.clear()
 
     def blocks_of(self, keys: BlockKeys) -> np.ndarray:
         """i32[groups, len(keys)]: the block that each group has under each key; -1: none."""
         self._require_hasher(keys)
-        rows = [[-1 if block is None else block for block in self._found(group, keys)] for group in self._groups]
-        return np.array(rows, np.int32).reshape(self.num_groups, len(keys))
+        digests = words_of([(keys, 0, len(keys))])
+        found = np.stack([a_map.find(digests) for a_map in self._maps])
+        if keys.nodes is not None:
+            for group, index in np.argwhere(found >= 0).tolist():
+                if not self._is_content(keys, index, int(found[group, index])):
+                    found[group, index] = -1
+        return found
 
     def cached_ids(self, keys: BlockKeys | None = None) -> np.ndarray:
         """i32[n]: all cached ids, or those under ``keys`` in any group."""
         if keys is None:
-            return np.fromiter(self._key_of, np.int32, len(self._key_of))
+            return np.flatnonzero(self._group_of >= 0).astype(np.int32)
         blocks = self.blocks_of(keys)
         return blocks[blocks >= 0]
 
     def key_of(self, block_id: int) -> bytes | None:
         """Key of a block; None: it is not cached."""
-        return self._key_of.get(block_id)
+        if not 0 <= block_id < self.num_blocks or (group := self._group_of[block_id]) < 0:
+            return None
+        return self._keys_of(group, np.array([block_id]))[0]
+
+    def _keys_of(self, group: int, ids: np.ndarray) -> tuple[bytes, ...]:
+        if self._content_of:
+            return tuple(self._content_of[block][0] for block in ids.tolist())
+        return tuple(digest.tobytes() for digest in self._maps[group].digests_of(ids))
 
     def check(self) -> None:
-        """Raise ``InvalidBlockError`` where the two directions contradict each other. O(cached blocks)."""
-        named = {block: key for blocks in self._block_of for key, block in blocks.items()}
-        if sum(map(len, self._block_of)) != len(named):
-            raise InvalidBlockError("a block has two keys, or stands in two groups")
-        if named != self._key_of:
-            wrong = sorted(block for block, _ in named.items() ^ self._key_of.items())
-            raise InvalidBlockError(f"blocks {wrong}: key -> block and block -> key disagree")
-        if outside := [block for block in named if not 0 <= block < self.num_blocks]:
-            raise InvalidBlockError(f"blocks {sorted(outside)}: want ids of 0 to {self.num_blocks - 1}")
+        """Raise ``InvalidBlockError`` where the parts contradict each other. O(pool)."""
+        for group, a_map in enumerate(self._maps):
+            a_map.check()
+            if not np.array_equal(a_map.blocks(), np.flatnonzero(self._group_of == group)):
+                raise InvalidBlockError(f"group {group}: its map and the groups of the blocks differ")
         verified = self._hasher is not None and not self._hasher.is_collision_resistant
-        if self._node_of.keys() != (named.keys() if verified else set()):
+        if self._content_of.keys() != (set(self.cached_ids().tolist()) if verified else set()):
             raise InvalidBlockError("the blocks with a key and those whose content is kept differ")
 
     @property
     def _groups(self) -> range:
         return range(self.num_groups)
-
-    def _found(self, group: int, keys: BlockKeys, stop: int | None = None) -> Iterable[int | None]:
-        """The block under each of the first ``stop`` keys, looked up as they are asked for."""
-        if keys.nodes is None:
-            return map(self._block_of[group].get, keys.digests[:stop])
-        return map(self._finder(group, keys), range(len(keys))[:stop])
-
-    def _finder(self, group: int, keys: BlockKeys) -> Callable[[int], int | None]:
-        """A function from a block's index in the request to the block that has the same content."""
-        get, digests = self._block_of[group].get, keys.digests
-        if keys.nodes is None:
-            return lambda index: get(digests[index])
-
-        def verified(index: int) -> int | None:
-            block = get(digests[index])
-            return block if block is not None and keys.matches(index, self._node_of[block]) else None
-
-        return verified
-
-    def _leading_blocks(self, group: int, keys: BlockKeys, stop: int) -> list[int]:
-        blocks = []
-        for block in self._found(group, keys, stop):
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
-
-    def _limiting_group(self, keys: BlockKeys, length: int) -> int | None:
-        # Every group serves ``length`` blocks, so of one block more it can only lack the last.
-        lacking = [
-            group
-            for group in self._groups
-            if self._reaches[group].first_needed(length + 1) <= length and self._finder(group, keys)(length) is None
-        ]
-        return lacking[0] if len(lacking) < self.num_groups else None
-
-    def _enter(self, group: int, digests: list[bytes], array: np.ndarray, ids: list[int]) -> np.ndarray:
-        enter, key_of = self._block_of[group].setdefault, self._key_of
-        left_out = []
-        for position, (digest, block) in enumerate(zip(digests, ids, strict=True)):
-            if block in key_of or block < 0 or enter(digest, block) != block:
-                left_out.append(position)
-            else:
-                key_of[block] = digest
-        return np.delete(array, left_out) if left_out else array
-
-    def _enter_verified(
-        self, group: int, entries: Sequence[tuple[BlockKeys, int]], array: np.ndarray, ids: list[int]
-    ) -> np.ndarray:
-        """As ``_enter``, with the content compared where a digest is taken."""
-        block_of = self._block_of[group]
-        left_out = []
-        for position, ((keys, index), block) in enumerate(zip(entries, ids, strict=True)):
-            assert keys.nodes is not None
-            digest = keys.digests[index]
-            if block in self._key_of or block < 0:
-                left_out.append(position)
-            elif digest in block_of:
-                self.num_collisions += not keys.matches(index, self._node_of[block_of[digest]])
-                left_out.append(position)
-            else:
-                block_of[digest] = block
-                self._key_of[block] = digest
-                self._node_of[block] = keys.nodes[index]
-        return np.delete(array, left_out) if left_out else array
-
-    def _group_of(self, block: int, key: bytes) -> int:
-        return next(group for group in self._groups if self._block_of[group].get(key) == block)
 
     def _require_hasher(self, keys: BlockKeys) -> None:
         if keys.hasher is self._hasher:
@@ -326,20 +371,27 @@ class PrefixCache:
             want = self._hasher or f"block_size {self.block_size}"
             raise InvalidArgumentError(f"keys: got those of {keys.hasher}, want those of {want}")
 
-    def _checked(
-        self, group: int, block_ids: Sequence[int] | np.ndarray, lowest: int = -1
-    ) -> tuple[np.ndarray, list[int]]:
-        """The ids as a new i32[n] and as a list."""
+    def _checked(self, group: int, block_ids: Sequence[int] | np.ndarray, lowest: int = -1) -> np.ndarray:
+        """The ids as a new i32[n]."""
         if not 0 <= group < self.num_groups:
             raise InvalidArgumentError(f"group: got {group}, want 0 to {self.num_groups - 1}")
         given = np.asarray(block_ids)
         if given.ndim != 1 or (given.dtype.kind not in "iu" and given.size):
             raise ShapeMismatchError(f"block_ids: got {given.dtype}{list(given.shape)}, want int32[n]")
-        ids = given.tolist()
-        if ids and (min(ids) < lowest or max(ids) >= self.num_blocks):
-            self._refuse_ids(ids, lowest)
-        return given.astype(np.int32), ids
+        outside = given[(given < lowest) | (given >= self.num_blocks)]
+        if len(outside):
+            raise InvalidBlockError(f"block ids: got {outside[:8].tolist()}, want {lowest} to {self.num_blocks - 1}")
+        return given.astype(np.int32)
 
-    def _refuse_ids(self, ids: list[int], lowest: int) -> NoReturn:
-        outside = [block for block in ids if not lowest <= block < self.num_blocks]
-        raise InvalidBlockError(f"block ids: got {outside[:8]}, want {lowest} to {self.num_blocks - 1}")
+
+def words_of(runs: Sequence[tuple[BlockKeys, int, int]]) -> np.ndarray:
+    """u64[n, WORDS]: the keys ``first`` up to ``last`` of each (keys, first, last), one after another.
+
+    Keys of another length than SHA-256's are cut or filled up with zeros; what that makes equal is told apart by
+    content, as it is for all keys but those.
+    """
+    digests = list(chain.from_iterable(keys.digests[first:last] for keys, first, last in runs))
+    width = 8 * WORDS
+    if any(keys.nodes is not None for keys, _, _ in runs):
+        digests = [digest[:width].ljust(width, b"\0") for digest in digests]
+    return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, WORDS)
