@@ -217,7 +217,7 @@ def test_a_step_that_breaks_off_gives_every_block_back(paged_engine, monkeypatch
 
 def test_warm_up_leaves_the_cache_alone_even_a_full_one():
     manager = paged_manager()
-    blocks = {name: manager.allocate(name, num_tokens) for name, num_tokens in zip("abcd", (124, 124, 124, 12))}
+    blocks = {f"other{size}": manager.allocate(f"other{size}", size) for size in (128, 124, 120, 12)}
     assert manager.get_num_free_blocks() == 0
     manager.pages = jax.tree.map(lambda leaf: leaf + 3.25, manager.pages)
     Engine(small_model(), manager, EngineConfig(16, 32, row_buckets=(4, 16))).warm_up()
