@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -23,3 +24,18 @@ def _compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update(_OPTION, True)
     yield
     jax.config.update(_OPTION, before)
+
+
+_MAPS = pathlib.Path("/proc/self/maps")
+_MANY_MAPS = 16_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _let_go_of_programs() -> Iterator[None]:
+    """XLA maps each kernel of a compiled program into memory by itself, and Linux allows a process 65,530 maps.
+
+    Beyond that a compilation aborts the process.
+    """
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pyagent_kv_jax.errors import InvalidArgumentError
-from pyagent_kv_jax.manager.request_rows import check_distinct
 
 
 class Batch(NamedTuple):
@@ -43,20 +42,18 @@ class Batch(NamedTuple):
 
         Raises:
             InvalidArgumentError: counts that are none, or more rows than the padding.
-            DuplicateRequestError: an id named twice.
         """
         ids, freed = tuple(request_ids), tuple(free)
         counts = token_counts(num_new_tokens, len(ids))
         padded = len(ids) if num_rows is None else num_rows
         if len(ids) > padded:
             raise InvalidArgumentError(f"num_rows: got {padded} for {len(ids)} requests, want at least as many")
-        check_distinct(ids + freed)
         return cls(ids, counts, freed, padded, num_tokens)
 
     def check_fit(self, counts: np.ndarray) -> None:
         """Raise ``InvalidArgumentError`` where ``counts`` i64[n], the tokens to be computed, exceed the padding."""
         if self.num_tokens is None:
-            if (counts > 1).any():
+            if counts.max(initial=0) > 1:
                 raise InvalidArgumentError(
                     f"num_new_tokens: got {counts.max()} in decode layout, want at most 1 a request, or num_tokens=..."
                 )
@@ -77,7 +74,7 @@ def token_counts(values: ArrayLike, n: int) -> np.ndarray:
         return np.zeros(0, np.int64)
     if array.shape != (n,) or array.dtype.kind not in "iu":
         raise InvalidArgumentError(f"token counts: got {_shown(values)}, want {n} integers of at least 0")
-    if (array < 0).any():
+    if array.min() < 0:
         raise InvalidArgumentError(f"token counts: got {array[array < 0][0]}, want integers of at least 0")
     return array.astype(np.int64)
 

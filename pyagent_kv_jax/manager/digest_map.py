@@ -61,12 +61,13 @@ class DigestMap:
         if self._num_used + len(digests) > self._mask // 2:
             self._rebuild()
         claimed = self._claim_few(digests) if len(digests) <= FEW else self._claim_many(digests)
-        self._num_used += int((claimed >= 0).sum())
+        self._num_used += int(np.count_nonzero(claimed >= 0))
         return claimed
 
     def _claim_few(self, digests: np.ndarray) -> np.ndarray:
         """One by one; a decode step's, for which each numpy call would cost more than a digest does here."""
-        claimed, mine = [], {}
+        claimed: list[int] = []
+        mine: dict[int, int] = {}  # place -> which of the digests
         block_at, first_word = self._block_at, self._digests[:, 0]
         for i, (place, word) in enumerate(zip(self._home(digests).tolist(), digests[:, 0].tolist(), strict=True)):
             while (block := block_at.item(place)) != _NEVER_USED:
@@ -114,14 +115,10 @@ class DigestMap:
         self._size += len(blocks)
 
     def release(self, places: np.ndarray) -> None:
-        """Give claimed places back."""
-        self._block_at[places] = _REMOVED
-        while len(places):  # a mark with nothing behind it is of no use, nor is one before that
-            unused = places[self._block_at[(places + 1) & self._mask] == _NEVER_USED]
-            self._block_at[unused] = _NEVER_USED
-            self._num_used -= len(unused)
-            before = (unused - 1) & self._mask
-            places = before[self._block_at[before] == _REMOVED]
+        """Give claimed places back. Where nothing can have been put behind them, they were as good as never used."""
+        is_end = self._block_at[(places + 1) & self._mask] == _NEVER_USED
+        self._block_at[places] = np.where(is_end, _NEVER_USED, _REMOVED)
+        self._num_used -= int(np.count_nonzero(is_end))
 
     def remove(self, blocks: np.ndarray) -> None:
         """Take out blocks that have a digest, none twice."""

@@ -174,7 +174,7 @@ class KnownTokens:
         """Blocks that are complete once ``rows`` i32[n] hold ``lengths`` i64[n] tokens, and are not yet entered."""
         columns = np.minimum(lengths // self._block_size, self._num_keys[rows])
         entered = self._columns_entered[rows]
-        found = np.flatnonzero((columns > entered) & (self._num_tokens[rows] >= 0))
+        found = np.flatnonzero(columns > entered)  # rows of unknown tokens have no keys
         filled = rows[found]
         keys = [record.keys for row in filled.tolist() if (record := self._records[row]) is not None]
         return FullBlocks(found, filled, keys, entered[found], columns[found])

@@ -7,120 +7,37 @@ changes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from pyagent_kv_jax.cache.grouped_rows import Hits
-from pyagent_kv_jax.cache.kv_pages import KVPages, clear_blocks_in_place, copy_blocks_in_place
-from pyagent_kv_jax.config import KVCacheConfig
+from pyagent_kv_jax.cache.kv_pages import clear_blocks_in_place, copy_blocks_in_place
 from pyagent_kv_jax.errors import (
     DuplicateRequestError,
     InvalidArgumentError,
     OutOfBlocksError,
-    RequestTooLongError,
     UnknownRequestError,
 )
 from pyagent_kv_jax.manager import defragmentation
 from pyagent_kv_jax.manager.admission import Batch
-from pyagent_kv_jax.manager.block_hash import BlockHasher, BlockKeys, CacheExtras
+from pyagent_kv_jax.manager.block_hash import BlockKeys, CacheExtras
 from pyagent_kv_jax.manager.control_plane import ControlPlane, Extended
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
-from pyagent_kv_jax.manager.events import AllBlocksCleared, BlocksSwapped, BlockStored, EventLog
-from pyagent_kv_jax.manager.known_tokens import FullBlocks, KnownTokens, TokenRecord
-from pyagent_kv_jax.manager.manager_stats import Counts, ManagerStats
-from pyagent_kv_jax.manager.memory_pressure import MemoryPressure
-from pyagent_kv_jax.manager.options import ManagerOptions
-from pyagent_kv_jax.manager.prefix_cache import Claim, PrefixCache, PrefixHit
-from pyagent_kv_jax.manager.prefix_statistics import PrefixStatistics
-from pyagent_kv_jax.manager.request_rows import RequestRows, check_distinct
+from pyagent_kv_jax.manager.events import AllBlocksCleared, BlocksSwapped
+from pyagent_kv_jax.manager.known_tokens import TokenRecord
+from pyagent_kv_jax.manager.manager_parts import ManagerParts
+from pyagent_kv_jax.manager.prefix_cache import PrefixHit
+from pyagent_kv_jax.manager.prefix_filling import Filling
+from pyagent_kv_jax.manager.request_rows import check_distinct
+from pyagent_kv_jax.manager.request_start import NO_LIMIT, Start, hits_of, restored_by
 from pyagent_kv_jax.manager.step_plan import AdmissionPreview, StepPlan
-from pyagent_kv_jax.manager.swap_space import SwappedRequest, SwapSpace
+from pyagent_kv_jax.manager.swap_space import SwappedRequest
 from pyagent_kv_jax.tables.padding import padded
 
-_NO_LIMIT = 2**31 - 1
 
-
-class Start(NamedTuple):
-    """What a request that holds no row begins with.
-
-    Attributes:
-        hit: cached blocks.
-        num_tokens: tokens not to be computed: the hit's, or all that were swapped out.
-        limit: most tokens to be computed now.
-        record: its tokens, as far as they are known.
-    """
-
-    hit: PrefixHit
-    num_tokens: int
-    limit: int
-    record: TokenRecord | None = None
-
-    @property
-    def restored(self) -> int:
-        """Tokens brought back from host memory."""
-        return self.num_tokens - self.hit.num_tokens
-
-    def with_hit(self, hit: PrefixHit) -> Start:
-        """The same, beginning with cached blocks."""
-        if self.num_tokens:  # all of these were swapped out, the cached ones among them
-            return Start(hit, self.num_tokens, self.limit, self.record)
-        return Start(hit, hit.num_tokens, self.limit - hit.num_tokens, self.record)
-
-
-class Filling(NamedTuple):
-    """Blocks that a step fills, before it is known which they are."""
-
-    full: FullBlocks
-    claim: Claim | None
-
-
-class ManagerState:
-    """Rows, tables, pool, pages, prefix cache and swap space. Not thread-safe."""
-
-    def __init__(self, config: KVCacheConfig, options: ManagerOptions) -> None:
-        self.config = config
-        self.options = options
-        self.pages: KVPages | None = None
-        self.control = ControlPlane(config)
-        self.rows = RequestRows(config.max_num_reqs)
-        self.waiting: dict[str, TokenRecord] = {}  # added, or to be computed again; they hold nothing
-        self.tokens = KnownTokens(config.block_size, config.max_num_reqs)
-        self.hasher = BlockHasher(config.block_size, options.hash_algorithm)
-        self.prefixes = PrefixCache(
-            config.pool_blocks,
-            config.block_size,
-            windows=[group.sliding_window for group in config.groups],
-            chunks=[group.chunk_size for group in config.groups],
-        )
-        self.swap = SwapSpace(config, options.num_host_blocks)
-        self.events = EventLog(options.event_capacity)
-        self.hit_rate = PrefixStatistics(options.hit_rate_window)
-        self.counts = Counts()
-        self._no_hit = PrefixHit(0, np.zeros((len(config.groups), 0), np.int32), None)
-        self._nothing = Start(self._no_hit, 0, _NO_LIMIT)
-        self._expected = np.zeros(config.max_num_reqs, np.int32)  # drafts of the next step
-        self._drafts = np.zeros(config.max_num_reqs, np.int32)  # computed, and not yet committed
-        # Leading columns whose blocks hold nothing: they were out of sight when the request was swapped out.
-        self._hollow = np.zeros((len(config.groups), config.max_num_reqs), np.int32)
-
-    # -- who is here -------------------------------------------------------------------------------------------
-
-    def holds(self, request_id: str) -> bool:
-        """Whether it holds blocks, on the device or in host memory."""
-        return request_id in self.rows or request_id in self.swap.requests
-
-    def is_known(self, request_id: str) -> bool:
-        """Whether it holds anything or has been added."""
-        return self.holds(request_id) or request_id in self.waiting
-
-    def rows_holding(self, ids: tuple[str, ...]) -> np.ndarray:
-        """i32[n] rows of distinct requests that all hold blocks."""
-        rows = self.rows.rows_of(ids)
-        if (rows < 0).any():
-            self.rows.row_of(ids[int(np.argmax(rows < 0))])
-        check_distinct(ids)
-        return rows
+class ManagerState(ManagerParts):
+    """Changes of the parts. Not thread-safe."""
 
     def register(self, request_id: str, tokens: np.ndarray, extras: CacheExtras, may_read: bool) -> None:
         """Remember the tokens of a request to come."""
@@ -130,7 +47,9 @@ class ManagerState:
 
     def step(self, batch: Batch) -> StepPlan:
         """Free, admit, append, compute slots; see ``KVCacheManager.step``."""
-        self._check_known(batch.freed)
+        if batch.freed:
+            check_distinct(batch.ids + batch.freed)
+            self._check_known(batch.freed)
         freed_rows = [self.rows.row_of(i) for i in batch.freed if i in self.rows]
         rows, starts = self._rows_and_starts(batch.ids, freed_rows)
         counts = batch.counts
@@ -141,27 +60,29 @@ class ManagerState:
                 counts[i], cached[i] = min(counts[i], start.limit), start.num_tokens
         batch.check_fit(counts)
         lengths = self._lengths_after(batch.ids, rows, starts, cached + counts)
-        self._check_committed(batch.ids, rows)
+        has_drafts = self._drafts.any()
+        if has_drafts:
+            self._check_committed(batch.ids, rows)
         under_way = self.control.begin_step(
             rows,
             counts,
             freed_rows,
             batch.num_rows,
             batch.num_tokens,
-            hits=_hits(starts, len(rows)),
-            restored=_restored(starts, len(rows)),
-            provisional=self._drafts if self._drafts.any() else None,
+            hits=hits_of(starts, len(rows)),
+            restored=restored_by(starts, len(rows)),
+            provisional=self._drafts if has_drafts else None,
         )
         # Another thread works on it. Meanwhile, what needs no answer, in the hope that nobody is refused.
         self._forget_freed(batch.freed)
-        has_drafts = self._expected.any()
-        filling = None if has_drafts else self._filling(rows, lengths * (counts > 0), starts)
+        expects_drafts = self._expected.any()
+        filling = None if expects_drafts else self._filling(rows, lengths * (counts > 0), starts)
         meta, done = under_way.result()
         ok = done.ok
         if not ok.all():
             counts, cached = np.where(ok, counts, 0), np.where(ok, cached, 0)
         self._take_in(batch.ids, rows, starts, done)
-        if has_drafts:
+        if expects_drafts:
             self._note_drafts(rows, counts)
             filling = self._filling(rows, (lengths - self._drafts[rows]) * (counts > 0))
         self._enter(filling, ok, np.asarray(meta.block_tables))
@@ -196,7 +117,7 @@ class ManagerState:
         counts = np.array([num_tokens]) - cached
         lengths = self._lengths_after((request_id,), rows, starts, cached + counts)
         self._check_committed((request_id,), rows)
-        done = self.control.admit(rows, counts, _hits(starts, 1))
+        done = self.control.admit(rows, counts, hits_of(starts, 1))
         if not done.ok[0]:
             return False
         self._take_in((request_id,), rows, starts, done)
@@ -208,9 +129,9 @@ class ManagerState:
     ) -> tuple[np.ndarray, dict[int, Start]]:
         """Rows i32[n], chosen but not taken for those that have none, and what the latter begin with, by index."""
         rows = self.rows.rows_of(ids)
-        new = np.flatnonzero(rows < 0).tolist()
-        if not new:
+        if not len(rows) or rows.min() >= 0:
             return rows, {}
+        new = np.flatnonzero(rows < 0).tolist()
         chosen = self.rows.choose([ids[i] for i in new], freed_rows)
         rows = rows.copy()
         rows[new] = chosen
@@ -228,7 +149,7 @@ class ManagerState:
                 if record.may_read:
                     looked_up.append((i, record.keys, max(most - 1, 0)))
             elif (swapped := self.swap.requests.get(request_id)) is not None:
-                start = Start(self._no_hit, swapped.num_tokens, _NO_LIMIT, swapped.record)
+                start = Start(self._no_hit, swapped.num_tokens, NO_LIMIT, swapped.record)
                 if swapped.record is not None:
                     looked_up.append((i, swapped.record.keys, swapped.num_tokens))
             starts.append(start)
@@ -310,60 +231,12 @@ class ManagerState:
             self.pages = copy_blocks_in_place(self.pages, padded(src), padded(dst))
 
     def _filling(self, rows: np.ndarray, lengths: np.ndarray, starts: Mapping[int, Start] = {}) -> Filling | None:
-        """What is to be entered once ``rows`` i32[n] hold ``lengths`` i64[n] tokens that are no drafts.
-
-        ``starts``, by index, of those that have not taken their rows yet. To be given to ``_enter``, nothing looked up
-        before.
-        """
-        if not self.options.prefix_caching:
-            return None
-        full, block_size = self.tokens.newly_full(rows, lengths), self.config.block_size
-        if starts:
-            full = full.and_those_of(
-                [
-                    (i, int(rows[i]), start.record.keys, start.hit.blocks.shape[1], int(lengths[i]) // block_size)
-                    for i, start in starts.items()
-                    if start.record is not None
-                ]
-            )
-        return Filling(full, self.prefixes.claim(full.runs())) if full.keys else None
+        return self.filler.plan(rows, lengths, starts) if self.options.prefix_caching else None
 
     def _enter(self, filling: Filling | None, ok: np.ndarray, tables: np.ndarray) -> None:
-        """What the ``ok`` bool[n] have filled can be hit from now on.
-
-        ``tables`` i32[n, columns], or i32[G, n, columns] of several groups; -1 for those that are not ok.
-        """
-        if filling is None:
-            return
-        full, claim = filling
-        self.tokens.enter(full if ok.all() else full.of(ok))
-        at, columns = full.entries()
-        for group, table in enumerate(tables if tables.ndim == 3 else tables[None]):
-            ids = table[at, columns]
-            if self._hollow.any():
-                ids = np.where(columns < self._hollow[group, full.rows_of_entries()], -1, ids)
-            if claim is not None:
-                entered = self.prefixes.enter(group, claim, ids)
-            else:
-                ends = np.cumsum(full.last - full.first)
-                runs = zip(full.runs(), np.split(ids, ends[:-1]), strict=True)
-                entered = np.concatenate([self.prefixes.insert(group, k, first, run) for (k, first, _), run in runs])
-            self.control.mark_cached(entered)
-            if self.events.enabled:
-                self._tell_stored(group, full, ids, entered)
-
-    def _tell_stored(self, group: int, full: FullBlocks, ids: np.ndarray, entered: np.ndarray) -> None:
-        stored, start = np.isin(ids, entered), 0
-        for keys, column, last in full.runs():
-            for first, end in _runs(stored[start : start + last - column]):
-                blocks = ids[start + first : start + end].tolist()
-                digests = keys.digests[column + first : column + end]
-                self.events.append(
-                    BlockStored(
-                        group, tuple(blocks), tuple(digests), keys.parent_of(column + first), keys.extras.adapter
-                    )
-                )
-            start += last - column
+        if filling is not None:
+            for entered in self.filler.enter(filling, ok, tables, self._hollow):
+                self.control.mark_cached(entered)
 
     # -- giving back -------------------------------------------------------------------------------------------
 
@@ -387,7 +260,7 @@ class ManagerState:
     def _forget_evicted(self, ids: np.ndarray) -> None:
         if len(ids):
             self.counts.evicted_blocks += len(ids)
-            for event in self.prefixes.forget(ids, tell=self.events.enabled):
+            for event in self.prefixes.evict(ids, tell=self.events.enabled):
                 self.events.append(event)
 
     # -- forks and drafts --------------------------------------------------------------------------------------
@@ -539,127 +412,3 @@ class ManagerState:
             if self.pages is not None:
                 self.pages = copy_blocks_in_place(self.pages, padded(moved), padded(new_ids[moved]))
         return DefragmentationReport(len(moved), int(in_use.sum()), int((cached & ~in_use).sum()))
-
-    # -- reading -----------------------------------------------------------------------------------------------
-
-    def num_free(self) -> int:
-        """Blocks that an admission could take."""
-        return self.control.num_free()
-
-    def blocks_of(self, request_id: str) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks on the device and in host memory of one request, i32[G, columns] each; -1 where there is none."""
-        none = np.zeros((len(self.config.groups), 0), np.int32)
-        if (swapped := self.swap.requests.get(request_id)) is not None:
-            return none, swapped.host_blocks
-        return self.control.blocks_of(self.rows.row_of(request_id)), none
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks of all groups that a new request of ``num_tokens`` takes."""
-        return -(-num_tokens // self.config.block_size) * len(self.config.groups)
-
-    def pressure(self, ids: tuple[str, ...], counts: np.ndarray, ok: np.ndarray) -> MemoryPressure:
-        """What callbacks are told when those of ``ids`` that are not ``ok`` were refused."""
-        lengths, free = self.control.lengths(), self.num_free()
-        refused = {i: int(n) for i, n, served in zip(ids, counts, ok, strict=True) if not served}
-        held = {i: int(lengths[self.rows.row_of(i)]) if i in self.rows else 0 for i in refused}
-        needed = sum(self.blocks_for(held[i] + n) - self.blocks_for(held[i]) for i, n in refused.items())
-        blocks = np.asarray(self.control.state.table.blocks)
-        alone = ((blocks >= 0) & (self.control.ref_counts()[blocks] == 1)).sum(axis=1)
-        alone = alone.reshape(len(self.config.groups), -1).sum(axis=0)
-        frees = {i: int(alone[self.rows.row_of(i)]) for i in self.rows.ids()}
-        frees = dict(sorted(frees.items(), key=lambda item: -item[1]))
-        return MemoryPressure(tuple(refused), needed, free, 1.0 - free / self.config.pool_blocks, frees)
-
-    def stats(self) -> ManagerStats:
-        """See ``KVCacheManager.stats``."""
-        config, table = self.config, self.control.state.table
-        held = np.asarray(table.blocks).reshape(len(config.groups), -1) >= 0
-        num_held = held.sum(axis=1)
-        columns = np.asarray(table.num_blocks)[: config.max_num_reqs].sum() * config.block_size
-        tokens = self.control.lengths().sum()
-        return ManagerStats(
-            num_blocks=config.pool_blocks,
-            num_free_blocks=self.num_free(),
-            num_cached_free_blocks=self.control.num_cached_free(),
-            num_cached_blocks=len(self.prefixes),
-            num_host_blocks=self.swap.num_blocks,
-            num_free_host_blocks=self.swap.num_free,
-            num_requests=len(self.rows),
-            num_swapped_requests=len(self.swap.requests),
-            num_waiting_requests=len(self.waiting),
-            hit_rate=self.hit_rate.hit_rate,
-            recent_hit_rate=self.hit_rate.recent_hit_rate,
-            num_hits_cut_short=self.counts.hits_cut_short,
-            num_hash_collisions=self.prefixes.num_collisions,
-            num_evicted_blocks=self.counts.evicted_blocks,
-            num_copied_blocks=self.counts.copied_blocks,
-            num_swapped_out=self.counts.swapped_out,
-            num_swapped_in=self.counts.swapped_in,
-            num_recomputed=self.counts.recomputed,
-            padding_bytes=int(sum(n * config.padding_bytes(g) for g, n in enumerate(num_held))),
-            empty_slot_share=float(1 - tokens / columns) if columns else 0.0,
-        )
-
-    def check_invariants(self) -> None:
-        """See ``KVCacheManager.check_invariants``."""
-        self.control.check_invariants()
-        self.prefixes.check()
-
-    # -- checks ------------------------------------------------------------------------------------------------
-
-    def _check_known(self, ids: tuple[str, ...]) -> None:
-        for request_id in ids:
-            if not (isinstance(request_id, str) and self.is_known(request_id)):
-                raise UnknownRequestError(
-                    f"request {request_id!r}: unknown, want one of the {len(self.rows)} that hold blocks, or one that "
-                    f"was added"
-                )
-
-    def _check_committed(self, ids: tuple[str, ...], rows: np.ndarray) -> None:
-        for i in np.flatnonzero(self._drafts[rows]).tolist():
-            if ids[i] in self.rows:  # else it is to have the row of one that is about to be freed
-                raise InvalidArgumentError(
-                    f"request {ids[i]!r}: got {self._drafts[rows[i]]} drafts not committed yet, want commit() first"
-                )
-
-    def _lengths_after(
-        self, ids: tuple[str, ...], rows: np.ndarray, starts: dict[int, Start], gained: np.ndarray
-    ) -> np.ndarray:
-        """i64[n], tokens of each row when it has ``gained`` so many; ``RequestTooLongError`` where it can't."""
-        held = self.control.lengths()[rows]
-        if starts:
-            held[list(starts)] = 0
-        totals = held + gained
-        if not len(totals) or totals.max() <= self.config.max_request_tokens:
-            return totals
-        worst = int(totals.argmax())
-        raise RequestTooLongError(
-            f"request {ids[worst]!r}: would hold {totals[worst]} tokens, want at most "
-            f"{self.config.max_request_tokens} (max_model_len {self.config.max_model_len}, pool "
-            f"{self.config.pool_blocks} blocks of {self.config.block_size})"
-        )
-
-
-def _hits(starts: dict[int, Start], num_rows: int) -> Hits | None:
-    hit = {i: start.hit.blocks for i, start in starts.items() if start.hit.num_tokens}
-    if not hit:
-        return None
-    columns = np.zeros(num_rows, np.int32)
-    for i, blocks in hit.items():
-        columns[i] = blocks.shape[1]
-    return Hits(np.concatenate([blocks.ravel() for blocks in hit.values()]), columns)
-
-
-def _restored(starts: dict[int, Start], num_rows: int) -> np.ndarray | None:
-    back = {i: start.restored for i, start in starts.items() if start.restored}
-    if not back:
-        return None
-    restored = np.zeros(num_rows, np.int64)
-    restored[list(back)] = list(back.values())
-    return restored
-
-
-def _runs(chosen: np.ndarray) -> list[tuple[int, int]]:
-    """(first, end) of each run of true entries."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

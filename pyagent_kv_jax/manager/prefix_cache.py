@@ -89,7 +89,6 @@ class PrefixCache:
         self._hasher: BlockHasher | None = None
         self._maps = [DigestMap(num_blocks) for _ in windows]
         self._group_of = np.full(num_blocks, -1, np.int8)  # -1: not cached
-        self._order = np.zeros(num_blocks, np.int64)  # scratch space
         # Of every cached block where the digest is no proof; else empty.
         self._content_of: dict[int, tuple[bytes, ChainNode]] = {}
 
@@ -244,7 +243,8 @@ class PrefixCache:
             proof of content: then ``insert`` has to compare.
         """
         for keys, first, last in runs:
-            self._require_hasher(keys)
+            if keys.hasher is not self._hasher:
+                self._require_hasher(keys)
             if not 0 <= first <= last <= len(keys.digests):
                 raise InvalidArgumentError(f"got blocks {first} to {last - 1}, want them among {len(keys)} with a key")
         if self._hasher is None or not self._hasher.is_collision_resistant:
@@ -269,15 +269,16 @@ class PrefixCache:
         Returns:
             what was removed, one event a group; nothing without ``tell``.
         """
-        ids = block_ids if isinstance(block_ids, np.ndarray) else np.fromiter(block_ids, np.int64)
+        ids = np.fromiter(dict.fromkeys(block_ids), np.int64)
         ids = ids[(ids >= 0) & (ids < self.num_blocks)]
-        order = np.arange(len(ids))
-        self._order[ids[::-1]] = order[::-1]
-        ids = ids[self._order[ids] == order]  # each once
-        groups = self._group_of[ids]
+        return self.evict(ids[self._group_of[ids] >= 0], tell=tell)
+
+    def evict(self, ids: np.ndarray, *, tell: bool = True) -> list[BlockRemoved]:
+        """``forget`` for ids i32[n] that are all in the map, none twice."""
+        groups = self._group_of[ids] if self.num_groups > 1 else None
         events = []
         for group in self._groups:
-            gone = ids if self.num_groups == 1 and (groups == 0).all() else ids[groups == group]
+            gone = ids if groups is None else ids[groups == group]
             if len(gone):
                 if tell:
                     events.append(BlockRemoved(group, tuple(gone.tolist()), self._keys_of(group, gone)))
@@ -392,6 +393,6 @@ def words_of(runs: Sequence[tuple[BlockKeys, int, int]]) -> np.ndarray:
     """
     digests = list(chain.from_iterable(keys.digests[first:last] for keys, first, last in runs))
     width = 8 * WORDS
-    if any(keys.nodes is not None for keys, _, _ in runs):
+    if runs and runs[0][0].nodes is not None:
         digests = [digest[:width].ljust(width, b"\0") for digest in digests]
     return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, WORDS)

@@ -47,8 +47,13 @@ class RequestRows:
             ) from None
 
     def rows_of(self, ids: tuple[str, ...]) -> np.ndarray:
-        """i32[n]; -1 for those that hold no row. The last batch is remembered: decode steps ask for it again."""
+        """i32[n]; -1 for those that hold no row. The last batch is remembered: decode steps ask for it again.
+
+        Raises:
+            DuplicateRequestError: an id named twice.
+        """
         if ids != self._batch[0]:
+            check_distinct(ids)
             get = self._rows.get
             self._batch = ids, np.array([get(i, -1) for i in ids], np.int32)
         return self._batch[1]
