@@ -46,9 +46,11 @@ class DigestMap:
         left, places = np.arange(len(digests)), self._home(digests)
         while len(left):
             blocks = self._block_at[places]
-            equal = (blocks >= 0) & _equal(self._digests[blocks], digests[left])
+            equal = (blocks >= 0) & _equal(
+                self._digests[blocks], digests if len(left) == len(digests) else digests[left]
+            )
             found[left[equal]] = blocks[equal]
-            on = ~equal & (blocks != _NEVER_USED)
+            on = np.flatnonzero(~equal & (blocks != _NEVER_USED))
             left, places = left[on], (places[on] + 1) & self._mask
         return found
 
@@ -97,13 +99,13 @@ class DigestMap:
             self._claimant[places[::-1]] = left[::-1]
             first = self._claimant[places]
             won = (blocks == _NEVER_USED) & (first == left)
-            claimed[left[won]] = places[won]
-            self._block_at[places[won]] = self._claimed
-            on = ~won
+            winners, on = np.flatnonzero(won), np.flatnonzero(~won)
+            claimed[left[winners]] = places[winners]
+            self._block_at[places[winners]] = self._claimed
             left, places, blocks, first = left[on], places[on], blocks[on], first[on]
             own = digests[left]
             here = (blocks >= 0) & _equal(self._digests[blocks], own)
-            on = ~(here | ((first != left) & _equal(digests[first], own)))
+            on = np.flatnonzero(~(here | ((first != left) & _equal(digests[first], own))))
             left, places = left[on], (places[on] + 1) & self._mask
         return claimed
 

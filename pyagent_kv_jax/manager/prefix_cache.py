@@ -126,6 +126,8 @@ class PrefixCache:
         else:
             allowed_now = allowed
         digests = words_of([(keys, 0, most) for (keys, _), most in zip(requests, allowed_now, strict=True)])
+        if self._full == [0] and self.num_groups == 1 and self._content_is_proven:
+            return self._leading(self._maps[0].find(digests), allowed_now)
         found = np.stack([a_map.find(digests) for a_map in self._maps]) if len(digests) else None
         hits, start = [], 0
         for (keys, _), most, now in zip(requests, allowed, allowed_now, strict=True):
@@ -135,6 +137,17 @@ class PrefixCache:
                 hits.append(self._longest(keys, found[:, start : start + now]))
             start += now
         return hits
+
+    def _leading(self, found: np.ndarray, lengths: list[int]) -> list[PrefixHit]:
+        """Of each request, whose ``lengths`` blocks stand one after another in ``found`` i32[n]: all before a miss."""
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        misses = np.append(np.flatnonzero(found < 0), len(found))
+        stops = np.minimum(misses[np.searchsorted(misses, starts)], ends)
+        return [
+            PrefixHit((stop - start) * self.block_size, found[None, start:stop], None)
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
+        ]
 
     def _no_hit(self, keys: BlockKeys, allowed: int) -> PrefixHit:
         limited_by = None
@@ -247,7 +260,7 @@ class PrefixCache:
                 self._require_hasher(keys)
             if not 0 <= first <= last <= len(keys.digests):
                 raise InvalidArgumentError(f"got blocks {first} to {last - 1}, want them among {len(keys)} with a key")
-        if self._hasher is None or not self._hasher.is_collision_resistant:
+        if not self._content_is_proven:
             return None
         digests = words_of(runs)
         return Claim(digests, [a_map.claim(digests) for a_map in self._maps])
@@ -355,9 +368,13 @@ class PrefixCache:
             a_map.check()
             if not np.array_equal(a_map.blocks(), np.flatnonzero(self._group_of == group)):
                 raise InvalidBlockError(f"group {group}: its map and the groups of the blocks differ")
-        verified = self._hasher is not None and not self._hasher.is_collision_resistant
-        if self._content_of.keys() != (set(self.cached_ids().tolist()) if verified else set()):
+        if self._content_of.keys() != (set() if self._content_is_proven else set(self.cached_ids().tolist())):
             raise InvalidBlockError("the blocks with a key and those whose content is kept differ")
+
+    @property
+    def _content_is_proven(self) -> bool:
+        """Whether equal keys are equal content."""
+        return self._hasher is not None and self._hasher.is_collision_resistant
 
     @property
     def _groups(self) -> range:
