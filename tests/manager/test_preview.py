@@ -98,13 +98,13 @@ def test_a_request_too_large_to_come_back_is_not_swapped() -> None:
     manager = make("window", num_blocks=14)
     manager.add_request("a", np.arange(40) % 9)
     for _ in range(9):
-        manager.step(["a"], [4], num_rows=ROWS, num_tokens=8)
+        manager.step(["a"], [4], num_rows=ROWS, num_tokens=LONGEST)
     assert manager.preempt("a") == {"a": "recompute"}
     manager.free("a")
     manager.add_request("b", np.arange(20) % 9)
     manager.step(["b"], [20], num_rows=ROWS, num_tokens=LONGEST)
     assert manager.preempt("b") == {"b": "swap"}
-    assert manager.step(["b"], [1], num_rows=ROWS).ok.all()
+    assert manager.step(["b"], [1], num_rows=ROWS, num_tokens=LONGEST).ok.all()
 
 
 def test_steps_compile_nothing_after_warm_up() -> None:
@@ -152,3 +152,4 @@ def test_most_blocks_is_what_a_request_alone_comes_to(groups: str, step_tokens: 
     assert most >= manager.config.most_blocks(LONGEST, step_tokens) - 3  # and not much less
     fitting = make(groups, num_blocks=manager.config.most_blocks(LONGEST, step_tokens))
     assert fitting.config.max_request_tokens == LONGEST
+    assert make(groups, num_blocks=7).config.max_request_tokens == 7 * BLOCK  # one group keeps all tokens
