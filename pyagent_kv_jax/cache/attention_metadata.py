@@ -68,6 +68,7 @@ class LayerCache(Protocol):
         *,
         scale: float | None = None,
         sliding_window: Any = None,
+        chunk_size: Any = None,
         logits_soft_cap: float | None = None,
         sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, Self]:

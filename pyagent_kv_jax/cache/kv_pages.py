@@ -72,7 +72,8 @@ class KVPages:
             layer: i32[], may be traced.
             k: any float dtype; quantised or cast to the pages' dtype on the way in.
             v: likewise.
-            slot_mapping: i32[T], slots within a layer; -1 is dropped.
+            slot_mapping: i32[T], slots within a layer; -1 is dropped. One outside the pool is a ``checkify`` error;
+                outside checking mode it is dropped too.
 
         Raises:
             ShapeMismatchError: heads, head_dim or T do not fit.
@@ -80,7 +81,7 @@ class KVPages:
         self._check_tokens(k, v, slot_mapping)
         config = self.config
         slots_per_layer = config.pool_blocks * config.block_size
-        slots = jnp.where(slot_mapping < 0, -1, slot_mapping + self._span_index(layer) * slots_per_layer)
+        slots = _within(slot_mapping, slots_per_layer, self._span_index(layer), "slot_mapping")
         k_pages, v_pages = paged_write(
             self.k_pages,
             self.v_pages,
@@ -104,6 +105,7 @@ class KVPages:
         *,
         scale: float | None = None,
         sliding_window: ArrayLike | None = None,
+        chunk_size: ArrayLike | None = None,
         logits_soft_cap: float | None = None,
         sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, Self]:
@@ -117,6 +119,7 @@ class KVPages:
             meta: of this step.
             scale: of the logits; None: ``head_dim ** -0.5``.
             sliding_window: i32[], may be traced: a query sees this many tokens, itself included. None: all.
+            chunk_size: i32[], may be traced: a query sees its own chunk of so many tokens (Llama 4). None: all.
             logits_soft_cap: ``cap * tanh(logits / cap)``. None: no cap.
             sinks: f32[q_heads], one logit a head that takes weight and gives nothing.
 
@@ -140,11 +143,12 @@ class KVPages:
             q,
             pages.k_pages,
             pages.v_pages,
-            jnp.where(tables < 0, -1, tables + self._span_index(layer) * config.pool_blocks),
+            _within(tables, config.pool_blocks, self._span_index(layer), "block_tables"),
             meta.kv_lens,
             meta.query_start_loc,
             scale=scale,
             sliding_window=sliding_window,
+            chunk_size=chunk_size,
             logits_soft_cap=logits_soft_cap,
             sinks=sinks,
             k_scale=_of_layer(self.k_scale, layer),
@@ -161,7 +165,7 @@ class KVPages:
     def copy_blocks(self, src: jax.Array, dst: jax.Array) -> Self:
         """Copy blocks ``src`` i32[n] to ``dst`` i32[n] in every layer, as if all reads came before all writes.
 
-        Pairs with a -1 are left out.
+        Pairs with a -1 are left out. Ids outside the pool: see ``pages_of``.
         """
         src_pages, dst_pages = self.pages_of(src), self.pages_of(dst)
         k_pages, v_pages = paged_copy(
@@ -172,13 +176,9 @@ class KVPages:
     def clear_blocks(self, ids: jax.Array) -> Self:
         """Zeros in every layer of blocks ``ids`` i32[n]; -1 is padding. In place where the ``jit`` around donates.
 
-        So that a block changes hands with nothing of its last holder in it. An id outside the pool is a ``checkify``
-        error; outside checking mode it is ignored.
+        So that a block changes hands with nothing of its last holder in it. Ids outside the pool: see ``pages_of``.
         """
-        report_out_of_range("ids", ids, self.config.pool_blocks)
-        num_pages = self.k_pages.shape[0]
-        inside = jnp.where(ids < self.config.pool_blocks, ids, -1)  # else it would name a block of the next layer
-        pages = nowhere_if_invalid(self.pages_of(inside).ravel(), num_pages)
+        pages = nowhere_if_invalid(self.pages_of(ids).ravel(), self.k_pages.shape[0])
         k_pages, v_pages = (stored.at[pages].set(0, mode="drop") for stored in (self.k_pages, self.v_pages))
         return dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
 
@@ -186,6 +186,7 @@ class KVPages:
         """K and V of blocks ``ids`` i32[n] over the layers they span.
 
         Each [layers_per_group, n, num_heads, block_size, head_dim], as stored (raw bits for fp8); zeros for id -1.
+        Ids outside the pool: see ``pages_of``.
         """
         pages = self.pages_of(ids)
         k, v = (
@@ -195,9 +196,12 @@ class KVPages:
         return k.reshape(*pages.shape, *k.shape[1:]), v.reshape(*pages.shape, *v.shape[1:])
 
     def pages_of(self, ids: jax.Array) -> jax.Array:
-        """Page ids i32[layers_per_group, n] of blocks ``ids`` i32[n]; -1 stays -1."""
-        first = jnp.arange(self.config.layers_per_group, dtype=jnp.int32)[:, None] * self.config.pool_blocks
-        return jnp.where(ids < 0, -1, ids + first)
+        """Page ids i32[layers_per_group, n] of blocks ``ids`` i32[n]; -1 stays -1.
+
+        An id outside the pool is a ``checkify`` error; outside checking mode it is taken for -1.
+        """
+        layers = jnp.arange(self.config.layers_per_group, dtype=jnp.int32)[:, None]
+        return _within(ids, self.config.pool_blocks, layers, "ids")
 
     def with_scales(self, k_scale: jax.Array, v_scale: jax.Array) -> Self:
         """The same pages read and written with these scales, each f32[num_layers, num_heads] or broadcastable.
@@ -264,6 +268,12 @@ def _per_layer(config: KVCacheConfig, value: Callable[[int, int], int]) -> jax.A
         for index, layer in enumerate(members.layers):
             values[layer] = value(group, index)
     return jnp.asarray(values)
+
+
+def _within(ids: jax.Array, size: int, layer: ArrayLike, name: str) -> jax.Array:
+    """``ids`` of one layer as those of all: ``layer * size`` further on. -1 for what no layer has."""
+    report_out_of_range(name, ids, size)  # unreported, it would name something of the next layer
+    return jnp.where((ids >= 0) & (ids < size), ids + layer * size, -1)
 
 
 def _of_layer(scales: jax.Array | None, layer: ArrayLike) -> Any:

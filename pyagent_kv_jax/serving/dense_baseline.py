@@ -63,6 +63,7 @@ class DenseKVCache:
         *,
         scale: float | None = None,
         sliding_window: ArrayLike | None = None,
+        chunk_size: ArrayLike | None = None,
         logits_soft_cap: float | None = None,
         sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, Self]:
@@ -72,6 +73,7 @@ class DenseKVCache:
             _attend_row,
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             window=sliding_window,
+            chunk_size=chunk_size,
             soft_cap=logits_soft_cap,
             sinks=sinks,
         )
@@ -139,6 +141,7 @@ def _attend_row(
     *,
     scale: float,
     window: ArrayLike | None,
+    chunk_size: ArrayLike | None,
     soft_cap: float | None,
     sinks: jax.Array | None,
 ) -> jax.Array:
@@ -152,6 +155,8 @@ def _attend_row(
     seen = (at <= position) & (at < kv_len)
     if window is not None:
         seen &= at > position - window
+    if chunk_size is not None:
+        seen &= at // chunk_size == position // chunk_size
     scores = jnp.where(seen[:, None, None, :], scores, -jnp.inf)
     peak = jnp.max(scores, axis=-1, keepdims=True)
     if sinks is not None:

@@ -24,12 +24,13 @@ def manager(rows=ROWS):
     )
 
 
-def numpy_attention(q, keys, values, position, *, window=None, soft_cap=None, sinks=None):
+def numpy_attention(q, keys, values, position, *, window=None, chunk=None, soft_cap=None, sinks=None):
     """One query at ``position`` over the keys up to it."""
     out = np.zeros((Q_HEADS, DIM))
     for head in range(Q_HEADS):
         kv_head = head // (Q_HEADS // KV_HEADS)
         first = 0 if window is None else max(0, position - window + 1)
+        first = first if chunk is None else position // chunk * chunk
         scores = keys[first : position + 1, kv_head] @ q[head] * DIM**-0.5
         if soft_cap is not None:
             scores = soft_cap * np.tanh(scores / soft_cap)
@@ -40,7 +41,9 @@ def numpy_attention(q, keys, values, position, *, window=None, soft_cap=None, si
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"sliding_window": 3}, {"logits_soft_cap": 0.7}, {"sinks": np.linspace(-1, 2, Q_HEADS)}], ids=str
+    "options",
+    [{}, {"sliding_window": 3}, {"chunk_size": 4}, {"logits_soft_cap": 0.7}, {"sinks": np.linspace(-1, 2, Q_HEADS)}],
+    ids=str,
 )
 def test_prefill_mixed_and_decode_steps_match_numpy(options):
     rng = np.random.default_rng(0)
@@ -49,7 +52,7 @@ def test_prefill_mixed_and_decode_steps_match_numpy(options):
     cache_manager.pages = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), cache_manager.pages)
     said = {}
     attend = jax.jit(lambda pages, layer, q, k, v, meta: pages.attend(layer, q, k, v, meta, **options))
-    numpy_names = {"sliding_window": "window", "logits_soft_cap": "soft_cap", "sinks": "sinks"}
+    numpy_names = {"sliding_window": "window", "chunk_size": "chunk", "logits_soft_cap": "soft_cap", "sinks": "sinks"}
     numpy_options = {numpy_names[name]: value for name, value in options.items()}
     steps = [
         (["a", "b"], [5, 3], (), 12),
