@@ -13,7 +13,7 @@ from pyagent_kv_jax.tables.padding import power_of_two
 
 WORDS = 4  # of 64 bits: a SHA-256 digest
 
-FEW = 64  # digests
+FEW = 512  # digests
 
 _NEVER_USED, _REMOVED = -1, -2
 
@@ -67,7 +67,7 @@ class DigestMap:
         return claimed
 
     def _claim_few(self, digests: np.ndarray) -> np.ndarray:
-        """One by one; a decode step's, for which each numpy call would cost more than a digest does here."""
+        """One by one: some 0.7 us each, where the numpy calls of ``_claim_many`` cost some 400 us together."""
         claimed: list[int] = []
         mine: dict[int, int] = {}  # place -> which of the digests
         block_at, first_word = self._block_at, self._digests[:, 0]
