@@ -74,7 +74,7 @@ class DigestMap:
         for i, (place, word) in enumerate(zip(self._home(digests).tolist(), digests[:, 0].tolist(), strict=True)):
             while (block := block_at.item(place)) != _NEVER_USED:
                 if block == self._claimed:
-                    is_here = np.array_equal(digests[mine[place]], digests[i])
+                    is_here = place in mine and np.array_equal(digests[mine[place]], digests[i])
                 else:
                     is_here = (
                         block >= 0
