@@ -15,6 +15,7 @@ from pyagent_kv_jax.errors import InvalidBlockError
 from pyagent_kv_jax.manager.packed_step import Extended, StepShape, StepUnderWay, pack, packed_step
 from pyagent_kv_jax.pool import check_invariants
 from pyagent_kv_jax.pool.queues import Counters
+from pyagent_kv_jax.tables.host_step import CONTROL_STEP_ON_CPU
 from pyagent_kv_jax.tables.padding import padded, power_of_two
 
 _FREED_IN_A_STEP = 1024  # blocks; longer rows are freed by a call of their own
@@ -244,7 +245,10 @@ class ControlPlane:
         return rows[first:]
 
 
-@partial(jax.jit, donate_argnums=0, static_argnames=("capacity", "copies", "only_blocks"))
+_jit = partial(jax.jit, donate_argnums=0, compiler_options=CONTROL_STEP_ON_CPU)
+
+
+@partial(_jit, static_argnames=("capacity", "copies", "only_blocks"))
 def _admit(
     state: GroupedRows,
     rows: jax.Array,
@@ -262,13 +266,11 @@ def _admit(
     return state, done
 
 
-_free = jax.jit(grouped_rows.free, donate_argnums=0, static_argnames="capacity")
-_truncate = jax.jit(grouped_rows.truncate, donate_argnums=0, static_argnames="capacity")
-_fork = jax.jit(grouped_rows.fork, donate_argnums=0)
-
-
-_mark_cached = jax.jit(grouped_rows.mark_cached, donate_argnums=0)
-_uncache = jax.jit(grouped_rows.uncache, donate_argnums=0)
+_free = _jit(grouped_rows.free, static_argnames="capacity")
+_truncate = _jit(grouped_rows.truncate, static_argnames="capacity")
+_fork = _jit(grouped_rows.fork)
+_mark_cached = _jit(grouped_rows.mark_cached)
+_uncache = _jit(grouped_rows.uncache)
 
 
 def _on_the_host(done: Extension, num_rows: int) -> Extended:
