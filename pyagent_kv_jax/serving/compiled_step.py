@@ -48,6 +48,14 @@ def split_model(model: nnx.Module) -> tuple[CompiledStep, tuple[jax.Array, ...]]
     return _compiled_step(graph, structure), tuple(weights)
 
 
+def _tables_of_rows(meta: AttentionMetadata) -> jax.Array:
+    """The tables of the batch's rows, of more rows than it has, the groups' one after another (``TablesOnDevice``)."""
+    tables, num_rows = meta.block_tables, meta.kv_lens.shape[0]
+    if meta.slot_mapping.ndim == 2:
+        tables = tables.reshape(meta.slot_mapping.shape[0], -1, tables.shape[-1])
+    return tables[..., :num_rows, :]
+
+
 @lru_cache(maxsize=8)
 def _compiled_step(graph: Any, structure: Any) -> CompiledStep:
     def step(
@@ -61,6 +69,7 @@ def _compiled_step(graph: Any, structure: Any) -> CompiledStep:
     ) -> tuple[Any, StepOutput]:
         compiled.num_traces += 1  # runs only while tracing
         model = nnx.merge(graph, jax.tree.unflatten(structure, weights))
+        meta = dataclasses.replace(meta, block_tables=_tables_of_rows(meta))
         logits, pages = model(tokens, pages, meta, logits_at=logits_at)
         return pages, StepOutput(sample(logits, sampling), top2_margin(logits) if with_margins else None)
 

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
+from pyagent_kv_jax.config import DeviceType
 from pyagent_kv_jax.errors import InvalidArgumentError, KVCacheError, UnknownRequestError
 from pyagent_kv_jax.manager.step_plan import StepPlan
 from pyagent_kv_jax.serving.cache_backend import CacheBackend
@@ -21,6 +22,7 @@ from pyagent_kv_jax.serving.compiled_step import StepOutput, split_model
 from pyagent_kv_jax.serving.request import Request
 from pyagent_kv_jax.serving.sampling import SamplingArrays, SamplingParams, sample_seed
 from pyagent_kv_jax.serving.scheduler import NewToken, Outcome, Schedule, Scheduler, SchedulerConfig
+from pyagent_kv_jax.serving.tables_on_device import TablesOnDevice
 
 _engine_numbers = itertools.count()  # so that engines sharing a manager never use the same request id
 
@@ -37,6 +39,8 @@ class EngineConfig:
             (if that is at least 32), and all.
         watermark: share of the pool kept free for running requests when a waiting one is admitted.
         with_margins: also return how clear each choice of a token was.
+        tables_on_device: keep the block tables on the device and send the rows that changed, instead of all with each
+            step. None: where the cache is on an accelerator.
     """
 
     max_num_seqs: int = 64
@@ -45,6 +49,7 @@ class EngineConfig:
     token_buckets: tuple[int, ...] | None = None
     watermark: float = 0.01
     with_margins: bool = False
+    tables_on_device: bool | None = None
 
     def decode_sizes(self) -> tuple[int, ...]:
         """``row_buckets``, resolved: ascending, the last one ``max_num_seqs``."""
@@ -111,6 +116,10 @@ class Engine:
         self._decode_sizes, self._prefill_sizes = config.decode_sizes(), config.prefill_sizes()
         self._name = f"engine{next(_engine_numbers)}"
         self._request_numbers = itertools.count()
+        on_device = config.tables_on_device
+        if on_device is None:
+            on_device = sizes.device_type is not DeviceType.CPU
+        self.tables = TablesOnDevice() if on_device else None
         self._broke_off = False  # blocks of a step may be in the prefix cache that the model has not written
 
     # -- requests ----------------------------------------------------------------------------------------------
@@ -246,8 +255,12 @@ class Engine:
 
     def _dispatch(self, tokens: np.ndarray, meta: AttentionMetadata, sampling: SamplingArrays) -> StepOutput:
         # Hints that depend on the shape alone, for they are static.
+        tables = None if self.tables is None else self.tables.send(np.asarray(meta.block_tables))
+        meta = meta.cut(num_rows=len(sampling.seed), num_tokens=len(tokens))
         meta = dataclasses.replace(
-            meta.cut(num_rows=len(sampling.seed), num_tokens=len(tokens)), max_kv_len=self.backend.config.max_model_len
+            meta,
+            max_kv_len=self.backend.config.max_model_len,
+            block_tables=meta.block_tables if tables is None else tables,  # cut in the step
         )
         logits_at = None if meta.query_start_loc is None else np.asarray(meta.query_start_loc[1:] - 1, np.int32)
         before = self._step.num_traces
@@ -271,6 +284,8 @@ class Engine:
     def _warm_up(self, shapes: Iterable[tuple[int, int]], num_tokens: int | None = None) -> None:
         """Run the (rows, tokens) of one layout, decode unless ``num_tokens`` is given, for nobody."""
         nobody = self.backend.step([], [], num_rows=self.config.max_num_seqs, num_tokens=num_tokens).metadata
+        if self.tables is not None:
+            self.tables.warm_up(np.asarray(nobody.block_tables))
         for row_size, token_size in shapes:
             sampling = SamplingArrays.from_rows([], [], [], row_size)
             jax.block_until_ready(self._dispatch(np.zeros(token_size, np.int32), nobody, sampling))
