@@ -10,7 +10,7 @@ import jax
 import pytest
 
 _OPTION = "jax_disable_most_optimizations"
-_COMPILE_BOUND = ("manager", "models", "pallas_kernels", "pool", "serving", "tables")
+_COMPILE_BOUND = ("cache", "manager", "models", "pallas_kernels", "pool", "serving", "tables")
 
 
 @pytest.fixture(autouse=True, scope="module")
