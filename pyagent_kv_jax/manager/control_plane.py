@@ -20,7 +20,7 @@ from pyagent_kv_jax.tables.padding import padded, power_of_two
 
 _FREED_IN_A_STEP = 1024  # blocks; longer rows are freed by a call of their own
 _FEWEST_MARKS = 64  # fewer are padded to as many
-_NO_HITS = Hits(np.zeros(0, np.int32), np.zeros(0, np.int32))
+NO_HITS = Hits(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 class ControlPlane:
@@ -81,7 +81,7 @@ class ControlPlane:
         if len(self._marks) > marks_capacity:
             self._flush_marks()
         # Admissions with hits, with frees, from the host: one program for all rather than one for each mixture.
-        hits = _padded_hits(_NO_HITS if hits is None and restored is not None else hits, num_rows)
+        hits = _padded_hits(NO_HITS if hits is None and restored is not None else hits, num_rows)
         shape = StepShape(
             num_requests=self._num_requests,
             num_groups=len(self._groups),

@@ -1,7 +1,8 @@
 """Digest -> block, as arrays: a whole batch of requests is looked up or entered in a few numpy operations.
 
 Open addressing with linear probing. A place holds a block id, or was never used since the map was made; digests lie
-beside the blocks they belong to. A removed block leaves a mark where others may have been put behind it.
+beside the blocks they belong to. A removed block leaves a mark where others may have been put behind it; when blocks
+and marks fill half of the map, it is made anew.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pyagent_kv_jax.tables.padding import power_of_two
 
 WORDS = 4  # of 64 bits: a SHA-256 digest
 
-FEW = 512  # digests
+FEW = 512  # digests; so many are claimed one by one
 
 _NEVER_USED, _REMOVED = -1, -2
 
@@ -46,9 +47,7 @@ class DigestMap:
         left, places = np.arange(len(digests)), self._home(digests)
         while len(left):
             blocks = self._block_at[places]
-            equal = (blocks >= 0) & _equal(
-                self._digests[blocks], digests if len(left) == len(digests) else digests[left]
-            )
+            equal = (blocks >= 0) & _equal(self._digests[blocks], digests[left])
             found[left[equal]] = blocks[equal]
             on = np.flatnonzero(~equal & (blocks != _NEVER_USED))
             left, places = left[on], (places[on] + 1) & self._mask

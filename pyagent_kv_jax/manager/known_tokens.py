@@ -19,7 +19,6 @@ class TokenRecord:
         keys: of its full blocks.
         tail: i32[block_size], the tokens after the last full block, ``num_tokens % block_size`` of them.
         num_tokens: how many are known.
-        num_prompt_tokens: how many there were in the beginning.
         may_read: whether it may be served from cached blocks.
         is_counted: whether the hit rate knows it.
     """
@@ -27,7 +26,6 @@ class TokenRecord:
     keys: BlockKeys
     tail: np.ndarray
     num_tokens: int
-    num_prompt_tokens: int
     may_read: bool
     is_counted: bool = False
 
@@ -40,7 +38,7 @@ class TokenRecord:
         keys.extend(tokens[:full])
         tail = np.zeros(size, np.int32)
         tail[: len(tokens) - full] = tokens[full:]
-        return cls(keys, tail, len(tokens), len(tokens), may_read)
+        return cls(keys, tail, len(tokens), may_read)
 
     def copy(self) -> TokenRecord:
         """For a fork."""

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 
-from pyagent_kv_jax.cache.grouped_rows import Hits
 from pyagent_kv_jax.cache.kv_pages import clear_blocks_in_place, copy_blocks_in_place
 from pyagent_kv_jax.errors import (
     DuplicateRequestError,
@@ -22,7 +21,7 @@ from pyagent_kv_jax.errors import (
 from pyagent_kv_jax.manager import defragmentation
 from pyagent_kv_jax.manager.admission import Batch
 from pyagent_kv_jax.manager.block_hash import BlockKeys, CacheExtras
-from pyagent_kv_jax.manager.control_plane import ControlPlane, Extended
+from pyagent_kv_jax.manager.control_plane import NO_HITS, ControlPlane, Extended
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
 from pyagent_kv_jax.manager.events import AllBlocksCleared, BlocksSwapped
 from pyagent_kv_jax.manager.known_tokens import TokenRecord
@@ -104,7 +103,7 @@ class ManagerState(ManagerParts):
             plane.begin_step(nobody, nobody, freed_rows, num_rows, num_tokens).result()
         plane.free([0])
         if caching:
-            plane.begin_step(nobody, nobody, [], num_rows, num_tokens, hits=Hits(nobody, nobody)).result()
+            plane.begin_step(nobody, nobody, [], num_rows, num_tokens, hits=NO_HITS).result()
             most_entered = (num_rows + (num_tokens or 0) // self.config.block_size) * len(self.config.groups)
             plane.warm_up_marks(most_entered)
 

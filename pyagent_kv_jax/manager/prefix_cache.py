@@ -1,7 +1,7 @@
 """Which block holds which prefix: key -> block and block -> key, for every layer group.
 
 Only names live here. Who holds a block, and which cached block is evicted next, is the pool's affair; it says what it
-evicted and the caller calls ``forget``.
+evicted and the caller calls ``evict``.
 """
 
 from __future__ import annotations
@@ -276,18 +276,18 @@ class PrefixCache:
         self._fill(group, places, digests, ids)
         return ids
 
-    def forget(self, block_ids: Iterable[int] | np.ndarray, *, tell: bool = True) -> list[BlockRemoved]:
+    def forget(self, block_ids: Iterable[int] | np.ndarray) -> list[BlockRemoved]:
         """Take blocks out of the map; ids that are not in it (-1 too) are ignored.
 
         Returns:
-            what was removed, one event a group; nothing without ``tell``.
+            what was removed, one event a group.
         """
         ids = np.fromiter(dict.fromkeys(block_ids), np.int64)
         ids = ids[(ids >= 0) & (ids < self.num_blocks)]
-        return self.evict(ids[self._group_of[ids] >= 0], tell=tell)
+        return self.evict(ids[self._group_of[ids] >= 0])
 
     def evict(self, ids: np.ndarray, *, tell: bool = True) -> list[BlockRemoved]:
-        """``forget`` for ids i32[n] that are all in the map, none twice."""
+        """``forget`` for ids i32[n] that are all in the map, none twice; without ``tell`` it says nothing of them."""
         groups = self._group_of[ids] if self.num_groups > 1 else None
         events = []
         for group in self._groups:

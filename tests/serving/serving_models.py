@@ -27,7 +27,10 @@ CONFIG = LlamaConfig(
 @functools.cache
 def small_model():
     """Weights larger than at the usual start, so that the greedy answer wanders and depends on the whole prompt."""
-    model = LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(0))
+    return enlarged(LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(0)))
+
+
+def enlarged(model):
     for _, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if param[...].ndim > 1:
             param[...] = param[...] * 4.0

@@ -8,6 +8,7 @@ from flax import nnx
 from pyagent_kv_jax import KVCacheManager
 from pyagent_kv_jax.models import LlamaConfig, LlamaForCausalLM
 from pyagent_kv_jax.serving import SamplingParams, generate
+from tests.serving.serving_models import enlarged
 
 WINDOW = 12
 CONFIG = LlamaConfig(
@@ -24,10 +25,7 @@ CONFIG = LlamaConfig(
 
 
 def test_tokens_are_those_of_one_group_and_blocks_left_of_the_window_come_back() -> None:
-    model = LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(3))
-    for _, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if param[...].ndim > 1:
-            param[...] = param[...] * 4.0  # so that the greedy answer wanders
+    model = enlarged(LlamaForCausalLM(CONFIG, rngs=nnx.Rngs(3)))  # so that the greedy answer wanders
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 97, size).tolist() for size in (5, 40, 71, 23)]
     sampling = SamplingParams(max_tokens=24, ignore_eos=True)
