@@ -36,8 +36,8 @@ from pyagent_kv_jax.tables.in_place import after
 class BlockPool:
     """N blocks. Immutable: each change returns a new pool; inside a donated ``jit`` it is made in place.
 
-    Every operation serves a whole batch and costs the same at any N. A refused operation changes nothing, and its
-    ``ok`` says so. Called with plain values, ``share``, ``free``, ``mark_cached`` and ``uncache`` raise instead.
+    Every operation serves a whole batch and, but for ``take``, costs the same at any N. A refused operation changes
+    nothing, and its ``ok`` says so. Called with plain values, all but ``admit`` and ``allocate`` raise instead.
 
     Attributes:
         ref_counts: i32[N], references to each block; 0: free.
@@ -143,6 +143,21 @@ class BlockPool:
         """
         pool, ok = _share(self, _ints("ids", ids))
         return pool, self._checked(ok, InvalidBlockError, "ids", ids, "blocks in use, or free blocks with content")
+
+    def take(self, ids: ArrayLike) -> tuple[Self, jax.Array]:
+        """One more reference to each of these very blocks ``ids`` i32[n] (padding -1), in use or free: all or none.
+
+        A free block leaves its queue; what content it has cached it keeps: whoever takes it as new memory calls
+        ``uncache`` first. An id named twice gets two references. Costs O(N), unlike everything else here.
+
+        Returns:
+            (pool, ok bool[]); false, and nothing is changed, when an id is outside the pool.
+
+        Raises:
+            InvalidBlockError: the same.
+        """
+        pool, ok = _take(self, _ints("ids", ids))
+        return pool, self._checked(ok, InvalidBlockError, "ids", ids, f"ids in [0, {self.num_blocks})")
 
     def free(self, ids: ArrayLike) -> tuple[Self, jax.Array]:
         """Drop one reference to each block in ``ids`` i32[n] (padding -1), in their order.
@@ -286,6 +301,15 @@ def _share(pool: BlockPool, ids: jax.Array) -> tuple[BlockPool, jax.Array]:
     offsets = jnp.stack([jnp.int32(0), jnp.sum(named, dtype=jnp.int32)])
     pool, admitted = _admit(pool, jnp.zeros(1, jnp.int32), (hits, offsets), None, ids.shape[0])
     return pool, admitted.ok[0]
+
+
+@jax.jit
+def _take(pool: BlockPool, ids: jax.Array) -> tuple[BlockPool, jax.Array]:
+    _, block, ok = _places_of(pool, ids)
+    ref_counts = pool.ref_counts.at[jnp.where(ok, block, pool.num_blocks)].add(1, mode="drop")
+    leaves = (pool.ref_counts == 0) & (ref_counts > 0)
+    queued = queues.remove(pool._queues(), leaves, pool.cached)
+    return pool._with(queued, ref_counts=ref_counts, cached=pool.cached), ok
 
 
 @jax.jit

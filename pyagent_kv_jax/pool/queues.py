@@ -123,6 +123,43 @@ def remove_cached(queues: Queues, index: jax.Array, leaves: jax.Array) -> Queues
     return queues._replace(queue=queues.queue.at[hole].set(-1, mode="drop"), at=at)
 
 
+def remove(queues: Queues, leaves: jax.Array, cached: jax.Array) -> Queues:
+    """Take the free blocks ``leaves`` bool[N], of either kind, out of their queues. Costs O(N).
+
+    Args:
+        queues: the queues.
+        leaves: bool[N], true for free blocks only.
+        cached: bool[N], which blocks have cached content.
+    """
+    num_blocks, at = queues.num_blocks, queues.at
+    queued = remove_cached(queues, queues.position, leaves & cached)
+    # The uncached ring has no holes: those that stay move up, from the head on.
+    lane = jnp.arange(num_blocks, dtype=jnp.int32)
+    entries = queues.queue[uncached_index(queues, lane)]
+    stays = (lane < at.num_uncached) & ~leaves.at[entries].get(mode="fill", fill_value=False)
+    rank = jnp.cumsum(stays, dtype=jnp.int32)
+    index = uncached_index(queues, rank - 1)
+    queued = Queues(
+        queued.queue.at[jnp.where(stays, index, 4 * num_blocks)].set(entries, mode="drop"),
+        queues.position.at[jnp.where(stays, entries, num_blocks)].set(index, mode="drop"),
+        queued.at._replace(num_uncached=rank[-1]),
+    )
+    return sweep(queued, jnp.sum(leaves & cached, dtype=jnp.int32))
+
+
+def in_order(queues: Queues) -> jax.Array:
+    """i32[N]: the free blocks in the order in which ``pop`` would take them; padding -1. Costs O(N)."""
+    num_blocks, at = queues.num_blocks, queues.at
+    lane = jnp.arange(num_blocks, dtype=jnp.int32)
+    ids = jnp.where(lane < at.num_uncached, queues.queue[uncached_index(queues, lane)], -1)
+    offset = jnp.arange(3 * num_blocks, dtype=jnp.int32)
+    entries = queues.queue[cached_index(queues, offset)]
+    in_gap = (offset >= at.compacted) & (offset < at.compacted + at.gap)
+    live = (offset < at.cached_extent) & ~in_gap & (entries >= 0)
+    rank = at.num_uncached + jnp.cumsum(live, dtype=jnp.int32) - 1
+    return ids.at[jnp.where(live, rank, num_blocks)].set(entries, mode="drop")
+
+
 def sweep(queues: Queues, num_changes: jax.Array) -> Queues:
     """Sweep enough of the cached ring for ``num_changes`` i32[] joins and holes; nothing where there is no waste."""
     num_blocks = queues.num_blocks

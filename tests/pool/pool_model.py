@@ -61,6 +61,17 @@ class PoolModel:
         self.refs[block] = 1
         return block
 
+    def take(self, ids) -> bool:
+        ids = [b for b in ids if b != -1]
+        if any(not 0 <= b < self.num_blocks for b in ids):
+            return False
+        for block in ids:
+            if block in self.uncached_free:
+                self.uncached_free.remove(block)
+            self.cached_free.pop(block, None)
+            self.refs[block] += 1
+        return True
+
     def free(self, ids) -> bool:
         ids = [b for b in ids if b != -1]
         if any(not 0 <= b < self.num_blocks or ids.count(b) > self.refs[b] for b in ids):

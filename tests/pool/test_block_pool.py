@@ -106,6 +106,24 @@ def test_a_block_freed_twice_in_a_batch_is_queued_at_its_last_place(pool):
     assert admitted.ids.tolist() == [5, 6, 7, 8, 9, 0, 1]
 
 
+def test_these_very_blocks_are_taken(pool):
+    """One in use, one free with content, one without, named twice: the others keep their order."""
+    pool, ok = pool.take([1, -1, 7, 3, 7])
+    assert ok
+    assert pool.ref_counts.tolist() == [1, 3, 0, 1, 0, 0, 0, 2, 0, 0]
+    assert np.flatnonzero(pool.cached).tolist() == [2, 3, 4]
+    _, admitted = pool.allocate([6], capacity=6)
+    assert admitted.ids.tolist() == [
+        5,
+        6,
+        8,
+        9,
+        4,
+        2,
+    ]
+    assert admitted.evicted.tolist() == [False] * 4 + [True] * 2
+
+
 @pytest.mark.parametrize(
     ("method", "ids", "error", "received"),
     [
@@ -115,6 +133,8 @@ def test_a_block_freed_twice_in_a_batch_is_queued_at_its_last_place(pool):
         ("free", [0, -2], DoubleFreeError, "[0, -2]"),
         ("share", [0, 9], InvalidBlockError, "[0, 9]"),
         ("share", [3, 10], InvalidBlockError, "[3, 10]"),
+        ("take", [7, 10], InvalidBlockError, "[7, 10]"),
+        ("take", [3, -2], InvalidBlockError, "[3, -2]"),
         ("mark_cached", [0, 3], InvalidBlockError, "[0, 3]"),
         ("mark_cached", [0, -7], InvalidBlockError, "[0, -7]"),
         ("uncache", [3, 10], InvalidBlockError, "[3, 10]"),
@@ -155,7 +175,7 @@ def test_arguments_of_the_wrong_kind(pool):
 
 def test_empty_batches_change_nothing(pool):
     before = snapshot(pool)
-    for method in ("free", "share", "mark_cached", "uncache"):
+    for method in ("free", "share", "take", "mark_cached", "uncache"):
         after, ok = getattr(pool, method)([])
         assert ok
         chex.assert_trees_all_equal(snapshot(after), before)

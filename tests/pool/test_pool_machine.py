@@ -23,6 +23,7 @@ _free = jax.jit(lambda pool, ids: pool.free(ids))
 _mark_cached = jax.jit(lambda pool, ids: pool.mark_cached(ids))
 _uncache = jax.jit(lambda pool, ids: pool.uncache(ids))
 _share = jax.jit(lambda pool, ids: pool.share(ids))
+_take = jax.jit(lambda pool, ids: pool.take(ids))
 
 
 def padded(values: list[int], length: int) -> np.ndarray:
@@ -92,6 +93,12 @@ class PoolMachine(RuleBasedStateMachine):
         assert ok == self.model.admit([0], [[b for b in ids if b != -1]], [0], BATCH)[2][0]
 
     @rule(data=st.data())
+    def take(self, data) -> None:
+        ids = self.block_ids(data, lambda b: True, 4)
+        self.pool, ok = _take(self.pool, padded(ids, BATCH))
+        assert ok == self.model.take(ids)
+
+    @rule(data=st.data())
     def free(self, data) -> None:
         ids = self.block_ids(data, lambda b: self.model.refs[b] > 0, BATCH)
         self.pool, ok = _free(self.pool, padded(ids, BATCH))
@@ -149,6 +156,11 @@ def test_long_queues_are_swept_and_scanned_window_by_window(seed):
         pool, ok = _free(pool, padded(dropped, 256))
         assert ok
         assert model.free(dropped)
+        taken = rng.integers(0, num_blocks, 30).tolist()
+        pool, ok = _take(pool, padded(taken, 64))
+        assert ok
+        assert model.take(taken)
+        held += taken
         forgotten = rng.permutation(num_blocks)[: 20 * (step % 3 == 0)].tolist()
         pool, ok = _uncache(pool, padded(forgotten, 64))
         assert ok
