@@ -21,6 +21,7 @@ from pyagent_kv_jax.cache import (
     PagedKVCache,
 )
 from pyagent_kv_jax.config import (
+    BlockAllocationStrategy,
     BlockTableConfig,
     DeviceType,
     DType,
@@ -62,6 +63,7 @@ from pyagent_kv_jax.tables import BlockTable, CpuGpuBuffer, SlotMapping
 
 __all__ = [
     "AttentionMetadata",
+    "BlockAllocationStrategy",
     "BlockInfo",
     "BlockPool",
     "BlockTable",

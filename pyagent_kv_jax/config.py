@@ -84,6 +84,20 @@ class DType(StrEnum):
         return self.jax_dtype
 
 
+class BlockAllocationStrategy(StrEnum):
+    """Which free blocks a request gets.
+
+    ``CONTIGUOUS``: one run of consecutive ids, or a clear failure. ``SCATTERED``: any, in the pool's own order.
+    ``NUMA_AWARE``: those of the node asked for first. ``PREDICTIVE``: reserved ahead of need, which is
+    ``PredictiveBlockAllocator``'s work; a pool by itself refuses it.
+    """
+
+    CONTIGUOUS = "contiguous"
+    SCATTERED = "scattered"
+    NUMA_AWARE = "numa_aware"
+    PREDICTIVE = "predictive"
+
+
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)

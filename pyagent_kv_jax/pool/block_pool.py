@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from functools import partial
 from typing import Any, Self
 
@@ -15,7 +14,6 @@ from jax.typing import ArrayLike
 from pyagent_kv_jax.errors import (
     ConfigError,
     DoubleFreeError,
-    InvalidArgumentError,
     InvalidBlockError,
     KVCacheError,
     ShapeMismatchError,
@@ -23,6 +21,7 @@ from pyagent_kv_jax.errors import (
 )
 from pyagent_kv_jax.pool import admission, queues
 from pyagent_kv_jax.pool.admission import Admission
+from pyagent_kv_jax.pool.arguments import checked_capacity, ints, is_count
 from pyagent_kv_jax.pool.queues import Counters, Queues
 from pyagent_kv_jax.tables.in_place import after
 
@@ -62,7 +61,7 @@ class BlockPool:
         Raises:
             ConfigError: not a count of blocks (1 to 2**28 - 1, so that queue indices fit int32).
         """
-        if not _is_count(num_blocks) or not 0 < num_blocks < 2**28:
+        if not is_count(num_blocks) or not 0 < num_blocks < 2**28:
             raise ConfigError(f"num_blocks: got {num_blocks!r}, want an integer from 1 to {2**28 - 1}")
         num_blocks = int(num_blocks)
         blocks = jnp.arange(num_blocks, dtype=jnp.int32)
@@ -113,20 +112,17 @@ class BlockPool:
             ShapeMismatchError: arrays that do not fit each other, or not of integers.
             InvalidArgumentError: a ``capacity`` so large that sums over the rows could pass int32.
         """
-        if not _is_count(capacity):
-            raise InvalidArgumentError(f"capacity: got {capacity!r}, want a static integer of 0 or more")
-        wanted = _ints("counts", counts)
+        wanted = ints("counts", counts)
         if (hits is None) != (hit_offsets is None):
             raise ShapeMismatchError("hits and hit_offsets: got one of them, want both or neither")
         rows = wanted.shape[0]
         lookup = None
         if hits is not None and hit_offsets is not None:
-            lookup = _ints("hits", hits), _ints("hit_offsets", hit_offsets, rows + 1)
+            lookup = ints("hits", hits), ints("hit_offsets", hit_offsets, rows + 1)
             lookup = None if lookup[0].shape[0] == 0 else lookup
-        order = None if order is None else _ints("order", order, rows)
-        if rows * (capacity + 1) + (0 if lookup is None else lookup[0].shape[0]) >= 2**31:
-            raise InvalidArgumentError(f"capacity: got {capacity} for {rows} rows, want (capacity + 1) * rows < 2**31")
-        return _admit(self, wanted, lookup, order, int(capacity))
+        order = None if order is None else ints("order", order, rows)
+        capacity = checked_capacity(capacity, rows, 0 if lookup is None else lookup[0].shape[0])
+        return _admit(self, wanted, lookup, order, capacity)
 
     def allocate(self, counts: ArrayLike, *, capacity: int) -> tuple[Self, Admission]:
         """``admit`` without hits: ``counts`` i32[R] new blocks for each row."""
@@ -141,7 +137,7 @@ class BlockPool:
         Raises:
             InvalidBlockError: another id; nothing is shared then.
         """
-        pool, ok = _share(self, _ints("ids", ids))
+        pool, ok = _share(self, ints("ids", ids))
         return pool, self._checked(ok, InvalidBlockError, "ids", ids, "blocks in use, or free blocks with content")
 
     def take(self, ids: ArrayLike) -> tuple[Self, jax.Array]:
@@ -156,7 +152,7 @@ class BlockPool:
         Raises:
             InvalidBlockError: the same.
         """
-        pool, ok = _take(self, _ints("ids", ids))
+        pool, ok = _take(self, ints("ids", ids))
         return pool, self._checked(ok, InvalidBlockError, "ids", ids, f"ids in [0, {self.num_blocks})")
 
     def free(self, ids: ArrayLike) -> tuple[Self, jax.Array]:
@@ -171,7 +167,7 @@ class BlockPool:
         Raises:
             DoubleFreeError: the same.
         """
-        pool, ok = _free(self, _ints("ids", ids))
+        pool, ok = _free(self, ints("ids", ids))
         return pool, self._checked(ok, DoubleFreeError, "ids", ids, "blocks with as many references as are dropped")
 
     def mark_cached(self, ids: ArrayLike) -> tuple[Self, jax.Array]:
@@ -183,7 +179,7 @@ class BlockPool:
         Raises:
             InvalidBlockError: the same.
         """
-        pool, ok = _mark_cached(self, _ints("ids", ids))
+        pool, ok = _mark_cached(self, ints("ids", ids))
         return pool, self._checked(ok, InvalidBlockError, "ids", ids, "blocks in use")
 
     def uncache(self, ids: ArrayLike) -> tuple[Self, jax.Array]:
@@ -196,7 +192,7 @@ class BlockPool:
         Raises:
             InvalidBlockError: the same.
         """
-        pool, ok = _uncache(self, _ints("ids", ids))
+        pool, ok = _uncache(self, ints("ids", ids))
         return pool, self._checked(ok, InvalidBlockError, "ids", ids, f"ids in [0, {self.num_blocks})")
 
     def _checked(self, ok: jax.Array, error: type[KVCacheError], name: str, ids: Any, wanted: str) -> jax.Array:
@@ -219,30 +215,6 @@ class BlockPool:
             queue=queued.queue,
             counters=queued.at.stack(),
         )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
-
-
-def _ints(name: str, values: ArrayLike, length: int | None = None) -> Any:
-    """``values`` as a flat array of int32.
-
-    Raises:
-        ShapeMismatchError: it is none, or not of ``length``.
-    """
-    array: Any = values if isinstance(values, jax.Array) else np.asarray(values)
-    if array.size == 0 and not isinstance(values, jax.Array):
-        array = array.astype(np.int32)
-    fits = array.ndim == 1 and (length is None or array.shape[0] == length)
-    if not fits or not jnp.issubdtype(array.dtype, jnp.integer):
-        size = "n" if length is None else length
-        raise ShapeMismatchError(f"{name}: got {array.dtype}{list(array.shape)}, want int32[{size}]")
-    if array.dtype == np.int32:
-        return array
-    if isinstance(array, np.ndarray) and array.size and not (array.min() >= -(2**31) and array.max() < 2**31):
-        raise InvalidArgumentError(f"{name}: got {array.min()} .. {array.max()}, want values that fit int32")
-    return array.astype(np.int32)
 
 
 def _places_of(pool: BlockPool, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

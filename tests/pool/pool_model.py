@@ -72,6 +72,61 @@ class PoolModel:
             self.refs[block] += 1
         return True
 
+    def allocate_runs(self, counts, capacity):
+        """(ids of each row, evicted of each row, ok of each row): the shortest run that is long enough, empty first."""
+        out = [], [], []
+        room, refused = capacity, False
+        for count in counts:
+            ids: list[int] = []
+            if count > 0 and not refused:
+                free = [b for b in range(self.num_blocks) if self.refs[b] == 0]
+                run = self._shortest([b for b in free if b not in self.cached], count) or self._shortest(free, count)
+                refused = run is None or count > room
+                ids = [] if refused else run[:count]
+            self._give(out, ids, len(ids) == count)
+            room -= len(ids)
+        return out
+
+    def _shortest(self, blocks, count):
+        runs: list[list[int]] = []
+        for block in blocks:
+            if runs and runs[-1][-1] == block - 1:
+                runs[-1].append(block)
+            else:
+                runs.append([block])
+        return min((run for run in runs if len(run) >= count), key=len, default=None)
+
+    def allocate_near(self, counts, nodes, num_nodes, capacity):
+        """Likewise: first each served row from its own node, then each served row from whatever is left."""
+        valid = [count >= 0 and 0 <= node < num_nodes for count, node in zip(counts, nodes, strict=True)]
+        wanted = [count if row_valid else 0 for count, row_valid in zip(counts, valid, strict=True)]
+        left, room, served = self.num_free, capacity, []
+        for count in wanted:
+            if count and count > min(left, room):
+                left = room = 0
+            served.append(count == 0 or count <= min(left, room))
+            left, room = (left - count, room - count) if served[-1] else (left, room)
+        per_node = self.num_blocks // num_nodes
+        free = [*self.uncached_free, *self.cached_free]
+        ids: list[list[int]] = [[] for _ in counts]
+        for near in (True, False):
+            for r, count in enumerate(wanted):
+                for block in list(free) if served[r] else []:
+                    if len(ids[r]) < count and (block // per_node == nodes[r] or not near):
+                        ids[r].append(block)
+                        free.remove(block)
+        out = [], [], []
+        for r in range(len(counts)):
+            self._give(out, ids[r], served[r] and valid[r])
+        return out
+
+    def _give(self, out, ids, ok) -> None:
+        out[0].append(ids)
+        out[1].append([b in self.cached for b in ids])
+        out[2].append(ok)
+        self.uncache(ids)
+        self.take(ids)
+
     def free(self, ids) -> bool:
         ids = [b for b in ids if b != -1]
         if any(not 0 <= b < self.num_blocks or ids.count(b) > self.refs[b] for b in ids):

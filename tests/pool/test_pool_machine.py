@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import chain
 
 import jax
@@ -12,11 +13,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pyagent_kv_jax.pool import BlockPool, check_invariants
+from pyagent_kv_jax.config import BlockAllocationStrategy
+from pyagent_kv_jax.pool import Admission, BlockPool, allocate_blocks, check_invariants, longest_free_run
 from pyagent_kv_jax.pool.queues import Counters
 from tests.pool.pool_model import PoolModel
 
 ROWS, CAPACITY, HITS, BATCH = 3, 9, 8, 10  # static shapes: every operation compiles once for each pool size
+
+NODES = {2: 2, 9: 3}  # blocks of the pool: nodes they are spread over
 
 # Traced, so that a refusal comes back as ``ok`` rather than as an error.
 _free = jax.jit(lambda pool, ids: pool.free(ids))
@@ -24,11 +28,32 @@ _mark_cached = jax.jit(lambda pool, ids: pool.mark_cached(ids))
 _uncache = jax.jit(lambda pool, ids: pool.uncache(ids))
 _share = jax.jit(lambda pool, ids: pool.share(ids))
 _take = jax.jit(lambda pool, ids: pool.take(ids))
+_allocate_runs = jax.jit(
+    partial(allocate_blocks, capacity=CAPACITY, strategy=BlockAllocationStrategy.CONTIGUOUS),
+)
+
+
+@partial(jax.jit, static_argnames="num_nodes")
+def _allocate_near(pool: BlockPool, counts: jax.Array, nodes: jax.Array, num_nodes: int) -> tuple[BlockPool, Admission]:
+    strategy = BlockAllocationStrategy.NUMA_AWARE
+    return allocate_blocks(pool, counts, capacity=CAPACITY, strategy=strategy, node=nodes, num_nodes=num_nodes)
+
+
+_COUNTS = st.lists(st.sampled_from([0, 1, 1, 2, 3, -1, 2**31 - 1]), min_size=ROWS, max_size=ROWS)
 
 
 def padded(values: list[int], length: int) -> np.ndarray:
     """i32[length], padding -1."""
     return np.array(values + [-1] * (length - len(values)), np.int32)
+
+
+def same_admission(admitted: Admission, expected, capacity: int) -> None:
+    """What a pool and its model gave to the same rows."""
+    ids, evicted, ok = expected
+    assert admitted.ok.tolist() == ok
+    assert admitted.row_offsets.tolist() == np.cumsum([0, *map(len, ids)]).tolist()
+    assert admitted.ids.tolist() == padded(list(chain(*ids)), capacity).tolist()
+    assert np.flatnonzero(admitted.evicted).tolist() == np.flatnonzero(list(chain(*evicted))).tolist()
 
 
 def admit_both(pool: BlockPool, model: PoolModel, counts, hits, order, capacity: int, num_hits: int) -> BlockPool:
@@ -41,11 +66,8 @@ def admit_both(pool: BlockPool, model: PoolModel, counts, hits, order, capacity:
         hit_offsets=offsets,
         order=None if order is None else np.array(order, np.int32),
     )
-    ids, evicted, ok = model.admit(counts, hits, range(len(counts)) if order is None else order, capacity)
-    assert admitted.ok.tolist() == ok
-    assert admitted.row_offsets.tolist() == np.cumsum([0, *map(len, ids)]).tolist()
-    assert admitted.ids.tolist() == padded(list(chain(*ids)), capacity).tolist()
-    assert np.flatnonzero(admitted.evicted).tolist() == np.flatnonzero(list(chain(*evicted))).tolist()
+    expected = model.admit(counts, hits, range(len(counts)) if order is None else order, capacity)
+    same_admission(admitted, expected, capacity)
     return pool
 
 
@@ -74,7 +96,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def admit(self, data) -> None:
-        counts = data.draw(st.lists(st.sampled_from([0, 1, 1, 2, 3, -1, 2**31 - 1]), min_size=ROWS, max_size=ROWS))
+        counts = data.draw(_COUNTS)
         hits = [self.block_ids(data, self.model._can_hit, 2) for _ in range(ROWS)]
         order = data.draw(st.one_of(st.none(), st.permutations(range(ROWS))))
         self.pool = admit_both(self.pool, self.model, counts, hits, order, CAPACITY, HITS)
@@ -97,6 +119,22 @@ class PoolMachine(RuleBasedStateMachine):
         ids = self.block_ids(data, lambda b: True, 4)
         self.pool, ok = _take(self.pool, padded(ids, BATCH))
         assert ok == self.model.take(ids)
+
+    @rule(counts=_COUNTS)
+    def allocate_runs(self, counts) -> None:
+        self.pool, admitted = _allocate_runs(self.pool, np.array(counts, np.int32))
+        same_admission(admitted, self.model.allocate_runs(counts, CAPACITY), CAPACITY)
+        free = [b for b in range(self.model.num_blocks) if self.model.refs[b] == 0]
+        longest = max((n for n in range(1, len(free) + 1) if self.model._shortest(free, n)), default=0)
+        assert longest_free_run(self.pool) == longest
+
+    @rule(counts=_COUNTS, data=st.data())
+    def allocate_near(self, counts, data) -> None:
+        nodes = data.draw(st.lists(st.integers(-1, NODES[self.model.num_blocks]), min_size=ROWS, max_size=ROWS))
+        num_nodes = NODES[self.model.num_blocks]
+        arrays = np.array(counts, np.int32), np.array(nodes, np.int32)
+        self.pool, admitted = _allocate_near(self.pool, *arrays, num_nodes=num_nodes)
+        same_admission(admitted, self.model.allocate_near(counts, nodes, num_nodes, CAPACITY), CAPACITY)
 
     @rule(data=st.data())
     def free(self, data) -> None:
@@ -179,6 +217,7 @@ def test_eviction_in_the_middle_of_a_sweep():
     pool, _ = pool.free(everything)
     assert model.mark_cached(everything)
     assert model.free(everything)
+    on_node = {"strategy": BlockAllocationStrategy.NUMA_AWARE, "node": 1, "num_nodes": 2}
     mid_sweep = 0
     for _ in range(8):
         ids = rng.choice(num_blocks, 32, replace=False).tolist()
@@ -189,6 +228,9 @@ def test_eviction_in_the_middle_of_a_sweep():
         at = Counters.of(pool.counters)
         mid_sweep += bool(at.compacted > 0 and at.gap > 0 and at.unswept > 0)
         emptied, emptied_model = pool, copy.deepcopy(model)
+        near, expected = allocate_blocks(pool, [275], capacity=275, **on_node), copy.deepcopy(model)
+        same_admission(near[1], expected.allocate_near([275], [1], 2, 275), 275)
+        same_state(near[0], expected)
         for count in (50, 275, 275):
             emptied, admitted = emptied.allocate([count], capacity=275)
             expected, _, _ = emptied_model.admit([count], [[]], [0], 275)
