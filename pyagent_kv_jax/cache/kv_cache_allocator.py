@@ -5,18 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
 from pyagent_kv_jax.arguments import integer
 from pyagent_kv_jax.cache.block_views import KVCacheBlock
-from pyagent_kv_jax.config import DeviceType, KVCacheConfig
+from pyagent_kv_jax.config import BlockAllocationStrategy, DeviceType, KVCacheConfig
 from pyagent_kv_jax.errors import DoubleFreeError, InvalidArgumentError, InvalidBlockError, OutOfBlocksError
-from pyagent_kv_jax.pool import BlockPool
+from pyagent_kv_jax.pool import BlockPool, allocate_blocks, require_allocated, require_nodes
 from pyagent_kv_jax.tables.padding import padded, power_of_two
 
 _DEVICE, _HOST = False, True  # keys of the pools: ``KVCacheBlock.on_host``
+_SCATTERED = BlockAllocationStrategy.SCATTERED
 
 
 class KVCacheAllocator:
@@ -26,14 +28,25 @@ class KVCacheAllocator:
     may be called from any thread.
     """
 
-    def __init__(self, config: KVCacheConfig, num_host_blocks: int | None = None) -> None:
+    def __init__(
+        self,
+        config: KVCacheConfig,
+        num_host_blocks: int | None = None,
+        *,
+        num_device_nodes: int = 1,
+        num_host_nodes: int = 1,
+    ) -> None:
         """``config.num_blocks`` device blocks and ``num_host_blocks`` (None: as many) host blocks, all free.
 
+        For NUMA_AWARE, the device blocks are spread over ``num_device_nodes`` devices in equal ranges of ids, and the
+        host blocks over ``num_host_nodes``: see ``node_of_block``.
+
         Raises:
-            ConfigError: ``num_host_blocks`` is not a positive integer.
+            ConfigError: ``num_host_blocks`` is not a positive integer, or nodes that do not divide the blocks.
             DeviceUnavailableError: JAX's CPU backend is hidden.
         """
         self.config = config
+        self._num_nodes = {_DEVICE: num_device_nodes, _HOST: num_host_nodes}
         self._lock = threading.Lock()
         self._init_pools(config.pool_blocks if num_host_blocks is None else num_host_blocks)
 
@@ -43,6 +56,8 @@ class KVCacheAllocator:
             pools = {_DEVICE: BlockPool.create(self.config.pool_blocks), _HOST: BlockPool.create(num_host_blocks)}
         # Committed, so that the numpy arguments of every call follow them.
         self._pools: dict[bool, BlockPool] = jax.device_put(pools, host)
+        for on_host, pool in pools.items():
+            require_nodes(pool.num_blocks, self._num_nodes[on_host])
 
     def allocate_gpu_block(self, layer_idx: int = 0) -> KVCacheBlock:
         """A block of the device for the group of layer ``layer_idx``; raises as ``allocate_gpu_blocks``."""
@@ -52,18 +67,29 @@ class KVCacheAllocator:
         """A block of the host for the group of layer ``layer_idx``; raises as ``allocate_gpu_blocks``."""
         return self.allocate_cpu_blocks(1, layer_idx)[0]
 
-    def allocate_gpu_blocks(self, n: int, layer_idx: int = 0) -> list[KVCacheBlock]:
+    def allocate_gpu_blocks(
+        self, n: int, layer_idx: int = 0, *, strategy: BlockAllocationStrategy = _SCATTERED, node: int | None = None
+    ) -> list[KVCacheBlock]:
         """``n`` blocks of the device, each with one reference, for the group of layer ``layer_idx``.
 
-        Raises:
-            OutOfBlocksError: fewer are free; none is taken.
-            InvalidArgumentError: a negative count, or no layer of the model.
-        """
-        return self._allocate(_DEVICE, n, layer_idx)
+        Args:
+            n: how many.
+            layer_idx: a layer of the group.
+            strategy: which of the free blocks, see ``pool.allocate_blocks``; another one each call, if you like.
+            node: with NUMA_AWARE, whose blocks to take first.
 
-    def allocate_cpu_blocks(self, n: int, layer_idx: int = 0) -> list[KVCacheBlock]:
+        Raises:
+            OutOfBlocksError: fewer are free, or with CONTIGUOUS fewer in a row; none is taken.
+            InvalidArgumentError: a negative count, no layer of the model, no such node, or PREDICTIVE, which
+                ``PredictiveBlockAllocator`` does.
+        """
+        return self._allocate(_DEVICE, n, layer_idx, strategy, node)
+
+    def allocate_cpu_blocks(
+        self, n: int, layer_idx: int = 0, *, strategy: BlockAllocationStrategy = _SCATTERED, node: int | None = None
+    ) -> list[KVCacheBlock]:
         """``n`` blocks of the host; else as ``allocate_gpu_blocks``."""
-        return self._allocate(_HOST, n, layer_idx)
+        return self._allocate(_HOST, n, layer_idx, strategy, node)
 
     def share_block(self, block: KVCacheBlock) -> KVCacheBlock:
         """One more reference to a block in use: it takes one more ``free_block`` to be free.
@@ -121,21 +147,38 @@ class KVCacheAllocator:
         with self._lock:
             return int(_count_free(self._pools[on_host]))
 
-    def _allocate(self, on_host: bool, n: int, layer_idx: int) -> list[KVCacheBlock]:
+    def _allocate(
+        self, on_host: bool, n: int, layer_idx: int, strategy: BlockAllocationStrategy, node: int | None
+    ) -> list[KVCacheBlock]:
         count, group = int(integer("n", n)), self._group_of(layer_idx)
         if count < 0:
             raise InvalidArgumentError(f"n: got {count}, want 0 or more")
+        with self._lock:
+            if strategy == _SCATTERED and node is None:
+                ids = self._allocate_any(on_host, count)
+            else:
+                ids = self._allocate_by(strategy, node, on_host, count)
+        return [self._view(block_id, on_host, group) for block_id in ids]
+
+    def _allocate_any(self, on_host: bool, count: int) -> list[int]:
         if not count:
             return []
-        with self._lock:
-            pool = self._pools[on_host]
-            free = int(_count_free(pool))
-            if count > free:
-                where = "host" if on_host else "device"
-                raise OutOfBlocksError(f"got a request for {count} blocks of the {where}, want at most the {free} free")
-            self._pools[on_host], ids = _take(pool, np.array([count], np.int32), capacity=power_of_two(count))
-            ids = np.array(ids)[:count].tolist()
-        return [self._view(block_id, on_host, group) for block_id in ids]
+        pool = self._pools[on_host]
+        free = int(_count_free(pool))
+        if count > free:
+            where = "host" if on_host else "device"
+            raise OutOfBlocksError(f"got a request for {count} blocks of the {where}, want at most the {free} free")
+        self._pools[on_host], ids = _take(pool, np.array([count], np.int32), capacity=power_of_two(count))
+        return np.array(ids)[:count].tolist()
+
+    def _allocate_by(self, strategy: BlockAllocationStrategy, node: int | None, on_host: bool, count: int) -> list[int]:
+        counts, num_nodes = np.array([count], np.int32), self._num_nodes[on_host]
+        capacity = power_of_two(count)
+        how: dict[str, Any] = {"strategy": strategy, "node": node, "num_nodes": num_nodes}
+        pool, admission = allocate_blocks(self._pools[on_host], counts, capacity=capacity, **how)
+        require_allocated(pool, counts, admission, strategy)
+        self._pools[on_host] = pool
+        return np.asarray(admission.ids)[:count].tolist()
 
     def _view(self, block_id: int, on_host: bool, group: int) -> KVCacheBlock:
         config = self.config

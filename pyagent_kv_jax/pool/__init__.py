@@ -6,6 +6,7 @@ from pyagent_kv_jax.pool.allocation_strategy import (
     longest_free_run,
     node_of_block,
     require_allocated,
+    require_nodes,
 )
 from pyagent_kv_jax.pool.block_pool import BlockPool
 from pyagent_kv_jax.pool.invariants import check_invariants
@@ -18,4 +19,5 @@ __all__ = [
     "longest_free_run",
     "node_of_block",
     "require_allocated",
+    "require_nodes",
 ]

@@ -74,9 +74,9 @@ def allocate_blocks(
         return pool.allocate(wanted, capacity=capacity)
     if strategy is BlockAllocationStrategy.CONTIGUOUS:
         return _allocate_runs(pool, wanted, capacity)
-    _check_nodes(pool.num_blocks, num_nodes)
-    per_row: Any = node if np.ndim(node) else jnp.broadcast_to(node, rows)
-    nodes = ints("node", per_row, rows)
+    require_nodes(pool.num_blocks, num_nodes)
+    broadcast: Any = jnp.broadcast_to if isinstance(node, jax.Array) else np.broadcast_to
+    nodes = ints("node", node if np.ndim(node) else broadcast(node, rows), rows)
     if is_concrete(nodes) and not np.all((np.asarray(nodes) >= 0) & (np.asarray(nodes) < num_nodes)):
         raise InvalidArgumentError(f"node: got {np.asarray(nodes).tolist()}, want 0 to {num_nodes - 1}")
     return _allocate_near(pool, wanted, nodes, capacity, num_nodes)
@@ -103,22 +103,26 @@ def require_allocated(
     refused = np.flatnonzero(~np.asarray(admission.ok))
     if not len(refused):
         return
-    count = np.asarray(counts)[refused[0]]
-    message = f"row {refused[0]}: got a request for {count} "
+    row, count, most = refused[0], int(np.asarray(counts)[refused[0]]), int(pool.num_free)
+    wanted, within = "blocks", f"the {most} free"
     if strategy == BlockAllocationStrategy.CONTIGUOUS:
-        longest = int(longest_free_run(pool))
-        message += (
-            f"consecutive blocks, want at most {longest}, the longest run of the {int(pool.num_free)} free blocks"
-        )
-    else:
-        message += f"blocks, want at most the {int(pool.num_free)} free"
-    raise OutOfBlocksError(f"{message}, and at most {len(admission.ids)} ids for all rows")
+        most, wanted = int(longest_free_run(pool)), "consecutive blocks"
+        within = f"{most}, the longest run of {within} blocks"
+    if count <= most:
+        within += f", and at most {len(admission.ids)} ids for all rows"
+    raise OutOfBlocksError(f"row {row}: got a request for {count} {wanted}, want at most {within}")
 
 
 @jax.jit
 def longest_free_run(pool: BlockPool) -> jax.Array:
     """i32[]: the most consecutive ids of free blocks, with content and without: what CONTIGUOUS can give. O(N)."""
     return jnp.max(_run_lengths(pool.ref_counts == 0))
+
+
+def require_nodes(num_blocks: int, num_nodes: int) -> None:
+    """Raise ``ConfigError`` unless ``num_nodes`` nodes can hold equal shares of ``num_blocks`` blocks."""
+    if not is_count(num_nodes) or num_nodes < 1 or num_blocks % num_nodes:
+        raise ConfigError(f"num_nodes: got {num_nodes!r}, want a positive integer that divides {num_blocks} blocks")
 
 
 def node_of_block(ids: ArrayLike, num_blocks: int, num_nodes: int) -> jax.Array:
@@ -129,7 +133,7 @@ def node_of_block(ids: ArrayLike, num_blocks: int, num_nodes: int) -> jax.Array:
     Raises:
         ConfigError: ``num_nodes`` is no positive integer that divides ``num_blocks``.
     """
-    _check_nodes(num_blocks, num_nodes)
+    require_nodes(num_blocks, num_nodes)
     ids = jnp.asarray(ids, jnp.int32)
     return jnp.where((ids >= 0) & (ids < num_blocks), ids // (num_blocks // num_nodes), -1)
 
@@ -144,11 +148,6 @@ def _strategy(strategy: str) -> BlockAllocationStrategy:
     if strategy not in list(known):
         raise InvalidArgumentError(f"strategy: got {strategy!r}, want one of {[kind.value for kind in known]}")
     return known(strategy)
-
-
-def _check_nodes(num_blocks: int, num_nodes: int) -> None:
-    if not is_count(num_nodes) or num_nodes < 1 or num_blocks % num_nodes:
-        raise ConfigError(f"num_nodes: got {num_nodes!r}, want a positive integer that divides {num_blocks} blocks")
 
 
 @partial(jax.jit, static_argnums=2)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pyagent_kv_jax import (
+    BlockAllocationStrategy,
     ConfigError,
     DoubleFreeError,
     InvalidArgumentError,
@@ -22,6 +23,8 @@ from pyagent_kv_jax.cache.kv_cache_allocator import KVCacheAllocator
 from pyagent_kv_jax.config import LayerGroup
 from pyagent_kv_jax.pool import check_invariants
 
+CONTIGUOUS, NUMA_AWARE = BlockAllocationStrategy.CONTIGUOUS, BlockAllocationStrategy.NUMA_AWARE
+PREDICTIVE = BlockAllocationStrategy.PREDICTIVE
 BLOCKS, HOST_BLOCKS = 13, 6
 CONFIG = KVCacheConfig(num_layers=3, num_heads=2, head_dim=8, v_head_dim=4, num_blocks=BLOCKS, block_size=4)
 GROUPED = dataclasses.replace(CONFIG, layer_groups=(LayerGroup((0, 2)), LayerGroup((1,), sliding_window=8)))
@@ -95,6 +98,10 @@ def test_as_many_host_blocks_as_device_blocks_unless_told_otherwise() -> None:
     [
         (OutOfBlocksError, lambda a, b: a.allocate_gpu_blocks(BLOCKS), "request for 13 blocks of the device"),
         (OutOfBlocksError, lambda a, b: a.allocate_cpu_blocks(HOST_BLOCKS), "5 free"),
+        (OutOfBlocksError, lambda a, b: a.allocate_gpu_blocks(13, strategy=CONTIGUOUS), r"at most 12, .* 12 free"),
+        (InvalidArgumentError, lambda a, b: a.allocate_gpu_blocks(1, strategy=PREDICTIVE), "PredictiveBlockAllocator"),
+        (InvalidArgumentError, lambda a, b: a.allocate_gpu_blocks(1, strategy=NUMA_AWARE, node=1), "got .1., want 0"),
+        (InvalidArgumentError, lambda a, b: a.allocate_gpu_blocks(1, node=0), "got 0 with 'scattered'"),
         (InvalidArgumentError, lambda a, b: a.allocate_gpu_blocks(-1), "got -1"),
         (InvalidArgumentError, lambda a, b: a.allocate_cpu_blocks(1.5), "1.5"),
         (InvalidArgumentError, lambda a, b: a.allocate_gpu_block(3), "want 0 to 2"),
@@ -142,3 +149,25 @@ def test_threads_never_get_the_same_block() -> None:
         thread.join()
     assert clashes == []
     check_free(allocator, BLOCKS, BLOCKS)
+
+
+def test_a_strategy_is_chosen_call_by_call() -> None:
+    """Host blocks 0 to 2 are on node 0, 3 to 5 on node 1."""
+    allocator = KVCacheAllocator(CONFIG, HOST_BLOCKS, num_host_nodes=2)
+
+    def ids(n: int, **how) -> list[int]:
+        return [block.block_id for block in allocator.allocate_cpu_blocks(n, **how)]
+
+    near = allocator.allocate_cpu_blocks(2, strategy=NUMA_AWARE, node=1)
+    assert [block.block_id for block in near] == [3, 4]
+    allocator.free_block(near[1])
+    assert ids(1, strategy=CONTIGUOUS) == [4]  # of 0 to 2 and 4 to 5 the shorter run
+    with pytest.raises(
+        OutOfBlocksError, match="for 4 consecutive blocks, want at most 3, the longest run of the 4 free"
+    ):
+        ids(4, strategy=CONTIGUOUS)
+    assert ids(2, strategy=CONTIGUOUS) == [0, 1]
+    assert ids(2) == [2, 5]
+    check_free(allocator, BLOCKS, 0)
+    with pytest.raises(ConfigError, match="got 4, want a positive integer that divides 6"):
+        KVCacheAllocator(CONFIG, HOST_BLOCKS, num_host_nodes=4)
