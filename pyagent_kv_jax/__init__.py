@@ -43,6 +43,7 @@ from pyagent_kv_jax.errors import (
     OutOfBlocksError,
     RequestTooLongError,
     ShapeMismatchError,
+    TableFullError,
     TooManyRequestsError,
     UnknownRequestError,
 )
@@ -59,7 +60,7 @@ from pyagent_kv_jax.manager import (
     create_kv_cache_manager,
 )
 from pyagent_kv_jax.pool import BlockPool
-from pyagent_kv_jax.tables import BlockTable, CpuGpuBuffer, SlotMapping
+from pyagent_kv_jax.tables import BlockTable, CpuGpuBuffer, SlotMapping, SparseBlockTable
 
 __all__ = [
     "AttentionMetadata",
@@ -101,7 +102,9 @@ __all__ = [
     "RequestTooLongError",
     "ShapeMismatchError",
     "SlotMapping",
+    "SparseBlockTable",
     "StepPlan",
+    "TableFullError",
     "TooManyRequestsError",
     "UnknownRequestError",
     "checking",

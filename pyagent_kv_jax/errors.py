@@ -38,6 +38,10 @@ class RequestTooLongError(KVCacheError, ValueError):
     """More tokens than one row of the table, or the whole pool, can ever hold."""
 
 
+class TableFullError(KVCacheError):
+    """A sparse block table has fewer free nodes than the blocks need; those of rows that are cleared come back."""
+
+
 class InvalidBlockError(KVCacheError, ValueError):
     """A block id outside the pool, or one that is not in the state the call needs."""
 

@@ -6,9 +6,11 @@ from pyagent_kv_jax.tables.rows import (
     RowBlocks,
     append_rows,
     clear_rows,
+    get_blocks,
     release_rows,
     reorder_rows,
     rows_blocks,
+    set_blocks,
 )
 from pyagent_kv_jax.tables.slot_mapping import (
     ContextParallel,
@@ -18,6 +20,7 @@ from pyagent_kv_jax.tables.slot_mapping import (
     slots_of,
     step_slots,
 )
+from pyagent_kv_jax.tables.sparse_block_table import SparseBlockTable
 
 __all__ = [
     "BlockTable",
@@ -25,13 +28,16 @@ __all__ = [
     "CpuGpuBuffer",
     "RowBlocks",
     "SlotMapping",
+    "SparseBlockTable",
     "StepTokens",
     "append_rows",
     "clear_rows",
+    "get_blocks",
     "local_length",
     "release_rows",
     "reorder_rows",
     "rows_blocks",
+    "set_blocks",
     "slots_of",
     "step_slots",
 ]

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from pyagent_kv_jax.tables.in_place import after
 from pyagent_kv_jax.tables.ragged import are_offsets, offsets_from_lengths, rows_of_entries
-
-if TYPE_CHECKING:
-    from pyagent_kv_jax.tables.block_table import BlockTable
-
-_ROWS_CLEARED_TOGETHER = 8
+from pyagent_kv_jax.tables.table_storage import Entries, Table, TableStorage
 
 
 class RowBlocks(NamedTuple):
@@ -33,13 +27,13 @@ class RowBlocks(NamedTuple):
 
 
 def append_rows(
-    table: BlockTable,
+    table: Table,
     block_ids: jax.Array,
     row_offsets: jax.Array,
     num_tokens: jax.Array,
     rows: jax.Array | None = None,
     context_parallel_size: int = 1,
-) -> tuple[BlockTable, jax.Array]:
+) -> tuple[Table, jax.Array]:
     """Append blocks and tokens to many rows.
 
     Args:
@@ -52,9 +46,10 @@ def append_rows(
 
     Returns:
         The new table and ok bool[B]. Refused: a row that would outgrow its width, more tokens than its blocks hold,
-        a negative count or id, a row that is not there or named twice; all of them when the offsets are not offsets.
+        a negative count or id, a row that is not there or named twice, a sparse table without room; all of them when
+        the offsets are not offsets.
     """
-    num_rows, width = table.blocks.shape
+    num_rows, width = table.num_rows, table.width
     capacity, num_entries = block_ids.shape[0], row_offsets.shape[0] - 1
     lengths = jnp.diff(row_offsets)
     target = jnp.arange(num_rows, dtype=jnp.int32) if rows is None else rows
@@ -68,28 +63,63 @@ def append_rows(
     ok &= are_offsets(row_offsets, capacity)
     if rows is not None:
         ok &= (target == row) & (_times_named(target, num_rows)[row] == 1)
-    changed = jnp.where(ok, row, num_rows)
 
     entry = jnp.minimum(entries, num_entries - 1)
     column = held_blocks[entry] + jnp.arange(capacity, dtype=jnp.int32) - row_offsets[entry]
-    written = jnp.where(entries < num_entries, changed[entry], num_rows)
+    table, ok = table.write_blocks(Entries(row[entry], column, block_ids, entries), ok)
     more_blocks, more_tokens = jnp.where(ok, lengths, 0), jnp.where(ok, num_tokens, 0)
     if rows is not None:
-        nothing = jnp.zeros(num_rows, jnp.int32)
+        changed, nothing = jnp.where(ok, row, num_rows), jnp.zeros(num_rows, jnp.int32)
         more_blocks, more_tokens = (nothing.at[changed].add(x, mode="drop") for x in (more_blocks, more_tokens))
         ok |= (target == -1) & (lengths == 0) & (num_tokens == 0)
     new = dataclasses.replace(
-        table,
-        blocks=table.blocks.at[written, column].set(block_ids, mode="drop"),
-        num_blocks=table.num_blocks + more_blocks,
-        num_tokens=table.num_tokens + more_tokens,
+        table, num_blocks=table.num_blocks + more_blocks, num_tokens=table.num_tokens + more_tokens
     )
     return new, ok
 
 
-def rows_blocks(table: BlockTable, mask: jax.Array, capacity: int) -> RowBlocks:
+def get_blocks(table: TableStorage, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Block ids at ``rows`` and ``columns`` i32[n]; -1 where there is none."""
+    row, column = jnp.clip(rows, 0, table.num_rows - 1), jnp.clip(columns, 0, table.width - 1)
+    return jnp.where((row == rows) & (column == columns), table.read_blocks(row, column), -1)
+
+
+def set_blocks(table: Table, rows: jax.Array, columns: jax.Array, block_ids: jax.Array) -> tuple[Table, jax.Array]:
+    """Put blocks into any columns, whether or not there is one; all of them or none.
+
+    A row then holds all columns up to the last one that was set, as far as blocks and tokens are counted: columns
+    before it that were never set are -1, and their tokens have no slot.
+
+    Args:
+        table: the table.
+        rows: i32[n]; -1 is padding.
+        columns: i32[n], no column of a row twice.
+        block_ids: i32[n].
+
+    Returns:
+        The new table and ok bool[]: false, and nothing changed, for a row or column that is not there or named twice,
+        a negative id, or a sparse table without room.
+    """
+    num_rows, last = table.num_rows, jnp.iinfo(jnp.int32).max
+    padding = rows == -1
+    order = jnp.lexsort((columns, jnp.where(padding, last, rows)))  # a row's columns side by side, padding last
+    row, column, ids, padding = (x[order] for x in (rows, columns, block_ids, padding))
+    right = (row >= 0) & (row < num_rows) & (column >= 0) & (column < table.width) & (ids >= 0)
+    twice = (row[1:] == row[:-1]) & (column[1:] == column[:-1]) & ~padding[1:]
+    ok = jnp.all(right | padding) & ~jnp.any(twice)
+    table, written = table.write_blocks(Entries(row, column, ids, padding.astype(jnp.int32)), ok[None])
+    changed = jnp.where(written[0] & ~padding, row, num_rows)
+    tokens = (column + 1) * table.config.block_size
+    new = dataclasses.replace(
+        table,
+        num_blocks=table.num_blocks.at[changed].max(column + 1, mode="drop"),
+        num_tokens=table.num_tokens.at[changed].max(tokens, mode="drop"),
+    )
+    return new, written[0]
+
+
+def rows_blocks(table: TableStorage, mask: jax.Array, capacity: int) -> RowBlocks:
     """The blocks of the rows in ``mask`` bool[R], each row's last block first, as ``BlockPool.free`` wants them."""
-    width = table.blocks.shape[1]
     lengths = jnp.where(mask, table.num_blocks, 0)
     ok = jnp.cumsum(lengths, dtype=jnp.int32) <= capacity
     ok |= lengths == 0
@@ -98,38 +128,26 @@ def rows_blocks(table: BlockTable, mask: jax.Array, capacity: int) -> RowBlocks:
     real = entries < lengths.shape[0]
     row = jnp.where(real, entries, 0)
     column = row_offsets[row + 1] - 1 - jnp.arange(capacity, dtype=jnp.int32)
-    ids = table.blocks[row, jnp.clip(column, 0, width - 1)]
+    ids = table.read_blocks(row, jnp.clip(column, 0, table.width - 1))
     return RowBlocks(jnp.where(real, ids, -1), row_offsets, ok)
 
 
-def clear_rows(table: BlockTable, mask: jax.Array) -> BlockTable:
-    """Empty the rows in ``mask`` bool[R]. The cost follows the rows cleared, not the table."""
-    num_rows = table.blocks.shape[0]
-    chunk = min(_ROWS_CLEARED_TOGETHER, num_rows)
-    cleared = jnp.nonzero(mask, size=num_rows, fill_value=num_rows)[0].astype(jnp.int32)
-    cleared = jnp.pad(cleared, (0, -num_rows % chunk), constant_values=num_rows)
-
-    def clear_chunk(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        blocks, first = carry
-        return blocks.at[lax.dynamic_slice(cleared, (first,), (chunk,))].set(-1, mode="drop"), first + chunk
-
-    blocks, _ = lax.while_loop(lambda carry: carry[1] < jnp.sum(mask), clear_chunk, (table.blocks, jnp.int32(0)))
+def clear_rows(table: Table, mask: jax.Array) -> Table:
+    """Empty the rows in ``mask`` bool[R]. The cost follows the rows cleared (sparse: the nodes), not rows x width."""
     return dataclasses.replace(
-        table,
-        blocks=blocks,
+        table.empty_rows(mask),
         num_blocks=jnp.where(mask, 0, table.num_blocks),
         num_tokens=jnp.where(mask, 0, table.num_tokens),
     )
 
 
-def release_rows(table: BlockTable, mask: jax.Array, capacity: int) -> tuple[BlockTable, RowBlocks]:
+def release_rows(table: Table, mask: jax.Array, capacity: int) -> tuple[Table, RowBlocks]:
     """``rows_blocks``, then ``clear_rows`` of the rows whose blocks fit into ``capacity``."""
     released = rows_blocks(table, mask, capacity)
-    table = dataclasses.replace(table, blocks=after(table.blocks, released.ids))
-    return clear_rows(table, mask & released.ok), released
+    return clear_rows(table.after_reading(released.ids), mask & released.ok), released
 
 
-def reorder_rows(table: BlockTable, dst: jax.Array, src: jax.Array) -> tuple[BlockTable, jax.Array]:
+def reorder_rows(table: Table, dst: jax.Array, src: jax.Array) -> tuple[Table, jax.Array]:
     """Row ``dst[i]`` becomes what row ``src[i]`` was; all reads come before all writes.
 
     Args:
@@ -140,14 +158,18 @@ def reorder_rows(table: BlockTable, dst: jax.Array, src: jax.Array) -> tuple[Blo
     Returns:
         The new table and ok bool[]: false, and nothing changed, when ``dst`` and ``src`` are not that.
     """
-    num_rows = table.blocks.shape[0]
+    num_rows = table.num_rows
     named_dst, named_src = _times_named(dst, num_rows), _times_named(src, num_rows)
     padding = (dst == -1) & (src == -1)
     inside = (dst >= 0) & (dst < num_rows) & (src >= 0) & (src < num_rows)
     ok = jnp.all(named_dst == named_src) & jnp.all(named_dst <= 1) & jnp.all(inside | padding)
     target = jnp.where(ok & inside, dst, num_rows)
     source = jnp.clip(src, 0, num_rows - 1)
-    moved = jax.tree.map(lambda x: x.at[target].set(x[source], mode="drop"), table)
+    moved = dataclasses.replace(
+        table.exchange_rows(target, source),
+        num_blocks=table.num_blocks.at[target].set(table.num_blocks[source], mode="drop"),
+        num_tokens=table.num_tokens.at[target].set(table.num_tokens[source], mode="drop"),
+    )
     return moved, ok
 
 

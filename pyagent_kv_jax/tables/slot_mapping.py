@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,7 @@ from jax.typing import ArrayLike
 
 from pyagent_kv_jax.errors import ShapeMismatchError
 from pyagent_kv_jax.tables.ragged import offsets_from_lengths, rows_of_entries
-
-if TYPE_CHECKING:
-    from pyagent_kv_jax.tables.block_table import BlockTable
+from pyagent_kv_jax.tables.table_storage import TableStorage
 
 
 class ContextParallel(NamedTuple):
@@ -33,6 +31,13 @@ class ContextParallel(NamedTuple):
     interleave: Any = 1
 
 
+class MapsTokens(Protocol):
+    """A block table of any form, as far as a slot mapping needs it."""
+
+    def update_slot_mapping(self, token_positions: ArrayLike) -> SlotMapping:
+        """Slots of tokens given as i32[T, 2] of (row, position)."""
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["slots"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class SlotMapping:
@@ -45,7 +50,7 @@ class SlotMapping:
         """T, padding included."""
         return self.slots.shape[0]
 
-    def update_slot_mapping(self, table: BlockTable, token_positions: ArrayLike) -> Self:
+    def update_slot_mapping(self, table: MapsTokens, token_positions: ArrayLike) -> Self:
         """The slots of other tokens in a mapping of the same length.
 
         Args:
@@ -82,7 +87,7 @@ class StepTokens(NamedTuple):
 
 
 def slots_of(
-    table: BlockTable,
+    table: TableStorage,
     rows: jax.Array,
     positions: jax.Array,
     context_parallel: ContextParallel | tuple[Any, ArrayLike, Any] | None = None,
@@ -94,8 +99,7 @@ def slots_of(
     Returns:
         i32[T]: -1 for a row or position of -1, past the row's tokens or blocks, or on another context-parallel rank.
     """
-    num_rows, width = table.blocks.shape
-    block_size = table.config.block_size
+    num_rows, width, block_size = table.num_rows, table.width, table.config.block_size
     row = jnp.clip(rows, 0, num_rows - 1)
     known = (rows == row) & (positions >= 0) & (positions < table.num_tokens[row])
     if context_parallel is None:
@@ -106,12 +110,12 @@ def slots_of(
         offset = within // (size * interleave) * interleave + within % interleave
         known &= within // interleave % size == rank
     known &= column < width
-    block = table.blocks[row, jnp.clip(column, 0, width - 1)]
+    block = table.read_blocks(row, jnp.clip(column, 0, width - 1))
     return jnp.where(known & (block >= 0), block * block_size + offset, -1).astype(jnp.int32)
 
 
 def step_slots(
-    table: BlockTable,
+    table: TableStorage,
     start_positions: jax.Array,
     lengths: jax.Array,
     num_tokens: int,

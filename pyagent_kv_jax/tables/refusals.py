@@ -1,0 +1,53 @@
+"""Why a table refused blocks: the error that a method called with plain values raises."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pyagent_kv_jax.errors import InvalidArgumentError, InvalidBlockError, KVCacheError, RequestTooLongError
+from pyagent_kv_jax.tables.row_arguments import NO_BLOCK
+from pyagent_kv_jax.tables.table_storage import TableStorage
+
+
+def why_not_appended(table: TableStorage, row: int, ids: np.ndarray, num_tokens: int) -> KVCacheError:
+    """The error for an ``append_row`` that was refused."""
+    ids = ids[: np.max(np.nonzero(ids != NO_BLOCK)[0], initial=-1) + 1]
+    held_blocks, held_tokens = int(table.num_blocks[row]), int(table.num_tokens[row])
+    total = held_blocks + len(ids)
+    if np.any(ids < 0):
+        return InvalidBlockError(f"block_ids: got {ids.min()}, want ids of 0 or more")
+    if num_tokens < 0:
+        return InvalidArgumentError(f"num_tokens: got {num_tokens}, want 0 or more")
+    if total > table.width:
+        return RequestTooLongError(
+            f"row {row}: got {len(ids)} more blocks, want at most {table.width - held_blocks}"
+            f" ({held_blocks} of its {table.width} columns are taken)"
+        )
+    room = total * table.config.block_size - held_tokens
+    if num_tokens > room:
+        return InvalidArgumentError(
+            f"num_tokens: got {num_tokens} for row {row}, want at most {room},"
+            f" what its {total} blocks of {table.config.block_size} tokens have room for"
+        )
+    return table.no_room_error(np.full(len(ids), row), np.arange(held_blocks, total))
+
+
+def why_not_set(table: TableStorage, rows: np.ndarray, columns: np.ndarray, ids: np.ndarray) -> KVCacheError:
+    """The error for a ``set_blocks`` that was refused; its padding left out."""
+    outside, beyond = (rows < 0) | (rows >= table.num_rows), columns >= table.width
+    if outside.any():
+        return InvalidArgumentError(f"rows: got {rows[outside][0]}, want a row in [0, {table.num_rows})")
+    if columns.min() < 0:
+        return InvalidArgumentError(f"columns: got {columns.min()}, want 0 or more")
+    if beyond.any():
+        row, column = rows[beyond][0], columns[beyond][0]
+        return RequestTooLongError(f"row {row}: got column {column}, want one of its {table.width} columns")
+    if ids.min() < 0:
+        return InvalidBlockError(f"block_ids: got {ids.min()}, want ids of 0 or more")
+    order = np.lexsort((columns, rows))
+    rows, columns = rows[order], columns[order]
+    twice = np.flatnonzero((rows[1:] == rows[:-1]) & (columns[1:] == columns[:-1]))
+    if twice.size:
+        row, column = rows[twice[0]], columns[twice[0]]
+        return InvalidArgumentError(f"columns: got {column} of row {row} twice, want no column of a row twice")
+    return table.no_room_error(rows, columns)
