@@ -102,6 +102,7 @@ def extend(
     capacity: int,
     hits: Hits | None = None,
     copies: bool = False,
+    ahead: jax.Array | None = None,
 ) -> tuple[GroupedRows, Extension]:
     """Give each request its hits and room for ``lens`` more tokens, in the order of the batch, all or nothing.
 
@@ -113,6 +114,7 @@ def extend(
         hits: cached blocks.
         copies: static; whether requests may share blocks that are not full, because one was forked from another. A
             request that writes into one gets a block of its own in its place.
+        ahead: i32[B], tokens past those that each request gets blocks for too, as far as its row has columns.
     """
     pool, table, num_groups = state.pool, state.table, len(state.groups)
     config, block_size = table.config, table.config.block_size
@@ -121,7 +123,8 @@ def extend(
     lens = jnp.where(padding, 0, lens)
     hit_columns = jnp.zeros_like(held) if hits is None else jnp.where(padding, 0, hits.columns)
     total = held_tokens + hit_columns * block_size + lens
-    columns = jnp.maximum((total + block_size - 1) // block_size - held - hit_columns, 0)
+    reach = total if ahead is None else jnp.maximum(jnp.minimum(total + ahead, config.max_tokens_per_req), total)
+    columns = jnp.maximum((reach + block_size - 1) // block_size - held - hit_columns, 0)
     possible = (lens >= 0) & (total <= config.max_tokens_per_req) & ((hit_columns == 0) | (held == 0))
     given, shared = columns, None
     if copies:
@@ -275,6 +278,20 @@ def truncate(state: GroupedRows, rows: jax.Array, num_tokens: jax.Array, *, capa
     tokens = table.num_tokens.at[changed].set(num_tokens, mode="drop")
     table = dataclasses.replace(table, num_tokens=tokens)
     return _shorten(dataclasses.replace(state, table=table), keep, jnp.zeros(table.num_rows, bool), capacity)
+
+
+def give_back(state: GroupedRows, mask: jax.Array, *, capacity: int) -> GroupedRows:
+    """Free the blocks of the requests in ``mask`` bool[R] past their tokens, at most ``capacity`` (static)."""
+    table, block_size = state.table, state.table.config.block_size
+    needed = (table.num_tokens + block_size - 1) // block_size
+    keep = jnp.where(jnp.tile(mask, len(state.groups)), jnp.minimum(needed, table.num_blocks), table.num_blocks)
+    return _shorten(state, keep, jnp.zeros(table.num_rows, bool), capacity)
+
+
+def advance(state: GroupedRows, used: jax.Array) -> GroupedRows:
+    """Every request has gained ``used`` i32[R] tokens, in blocks it held ahead of them."""
+    tokens = state.table.num_tokens + jnp.tile(used, len(state.groups))
+    return dataclasses.replace(state, table=dataclasses.replace(state.table, num_tokens=tokens))
 
 
 def _shorten(state: GroupedRows, keep: jax.Array, cleared: jax.Array, capacity: int) -> GroupedRows:

@@ -30,11 +30,14 @@ class ControlPlane:
     request holds; lists of blocks are padded to powers of two.
     """
 
-    def __init__(self, config: KVCacheConfig) -> None:
+    def __init__(self, config: KVCacheConfig, horizon: int = 0) -> None:
+        """All blocks free; steps reserve blocks for up to ``horizon`` tokens ahead."""
         self._block_size = config.block_size
+        self._horizon = horizon
         table_config = config.table_config()
         self._groups = config.groups
         self._width = table_config.max_num_blocks_per_req
+        self.max_tokens_per_req = table_config.max_tokens_per_req
         self._row_capacity = self._width * len(self._groups)  # any one request fits
         self._free_capacity = min(self._row_capacity, _FREED_IN_A_STEP)
         self._num_requests = table_config.max_num_reqs
@@ -59,6 +62,8 @@ class ControlPlane:
         restored: np.ndarray | None = None,
         hits: Hits | None = None,
         provisional: np.ndarray | None = None,
+        used: np.ndarray | None = None,
+        ahead: np.ndarray | None = None,
     ) -> StepUnderWay:
         """Free, extend and compute slots in one dispatch. Another thread works on it when this returns.
 
@@ -71,6 +76,8 @@ class ControlPlane:
             restored: i64[n], tokens each row gains besides, between its hits and those to be computed.
             hits: what empty rows begin with.
             provisional: i32[R], tokens of every row that may be taken back, so what they can't see may be needed again.
+            used: i32[R], tokens that every row has gained since, in blocks it had.
+            ahead: i64[n], tokens past those that each row gets blocks for.
         """
         last = self._free_all_but_the_last(freed_rows)
         computed = 0 if num_tokens is None else num_tokens
@@ -78,6 +85,8 @@ class ControlPlane:
             computed += _power_of_four(int(restored.sum()))
         new_blocks = num_rows + computed // self._block_size + (restored is not None) * num_rows
         marks_capacity = new_blocks * len(self._groups)
+        if self._horizon and num_tokens is None:
+            new_blocks += num_rows * -(-self._horizon // self._block_size)
         if len(self._marks) > marks_capacity:
             self._flush_marks()
         # Admissions with hits, with frees, from the host: one program for all rather than one for each mixture.
@@ -92,9 +101,10 @@ class ControlPlane:
             release_capacity=(num_rows + self._width) * len(self._groups),
             capacity=(new_blocks + self.may_copy * num_rows) * len(self._groups) + _num_hits(hits),
             copies=self.may_copy,
-            max_tokens_per_req=self._width * self._block_size,
+            max_tokens_per_req=self.max_tokens_per_req,
+            reserves=self._horizon > 0,
         )
-        words = pack(shape, rows, counts, restored, last, self._take_marks())
+        words = pack(shape, rows, counts, restored, last, self._take_marks(), used, ahead)
         self._state, answer, tables = packed_step(self._state, words, hits, provisional, shape=shape)
         return StepUnderWay(answer, tables, shape, len(rows))
 
@@ -122,7 +132,7 @@ class ControlPlane:
         """Drop the references of whole rows."""
         self._flush_marks()
         while rows:
-            blocks = np.cumsum(self._held()[rows]) * len(self._groups)
+            blocks = np.cumsum(self.columns()[rows]) * len(self._groups)
             fit = max(int(np.searchsorted(blocks, self._row_capacity, side="right")), 1)
             self._state = _free(self._state, self._mask(rows[:fit]), capacity=self._row_capacity)
             rows = rows[fit:]
@@ -131,13 +141,23 @@ class ControlPlane:
         """Forget what rows hold past ``num_tokens`` i32[n], which is no more than they hold."""
         self._flush_marks()
         size = power_of_two(len(rows))
-        dropped = self._held()[rows] - -(-num_tokens // self._block_size)
+        dropped = self.columns()[rows] - -(-num_tokens // self._block_size)
         self._state = _truncate(
             self._state,
             padded(rows, size),
             padded(num_tokens, size, 0),
             capacity=max(power_of_two(int(dropped.sum()) * len(self._groups)), 64),
         )
+
+    def advance(self, used: np.ndarray) -> None:
+        """Every row has gained ``used`` i32[R] tokens, in blocks it had."""
+        self._state = _advance(self._state, used)
+
+    def give_back(self, mask: np.ndarray) -> None:
+        """Free what steps have reserved for the rows in ``mask`` bool[R]: their blocks past their tokens."""
+        self._flush_marks()
+        most = self._num_requests * (-(-self._horizon // self._block_size) + 1) * len(self._groups)
+        self._state = _give_back(self._state, mask, capacity=most)
 
     def fork(self, parent: int, child: int) -> None:
         """The empty row ``child`` shares what ``parent`` holds; a block that is not full is copied when written."""
@@ -183,10 +203,17 @@ class ControlPlane:
         """Tokens of every request, i32[R]; valid until the next call."""
         return np.asarray(self._state.table.num_tokens)[: self._num_requests]
 
+    def columns(self) -> np.ndarray:
+        """Columns of every request, i32[R]; valid until the next call."""
+        return np.asarray(self._state.table.num_blocks)[: self._num_requests]
+
+    def tables(self) -> np.ndarray:
+        """Blocks of every request, i32[G, R, W]; valid until the next call."""
+        return np.asarray(self._state.table.blocks).reshape(len(self._groups), self._num_requests, self._width)
+
     def blocks_of(self, row: int) -> np.ndarray:
         """Blocks of one request, i32[G, columns]; -1 where a group gave its block back. A copy."""
-        rows = row + self._num_requests * np.arange(len(self._groups))
-        return np.asarray(self._state.table.blocks)[rows, : self._held()[row]]
+        return self.tables()[:, row, : self.columns()[row]].copy()
 
     def ref_counts(self) -> np.ndarray:
         """References of every block, i32[N]; valid until the next call."""
@@ -218,9 +245,6 @@ class ControlPlane:
     def _counters(self) -> Counters:
         return Counters(*np.asarray(self._state.pool.counters))
 
-    def _held(self) -> np.ndarray:
-        return np.asarray(self._state.table.num_blocks)[: self._num_requests]
-
     def _take_marks(self) -> np.ndarray:
         marks, self._marks = self._marks, np.zeros(0, np.int32)
         return marks
@@ -239,7 +263,7 @@ class ControlPlane:
         """Free so many of ``rows`` that the rest fits into a step's capacity; the rest."""
         if not rows:
             return rows
-        blocks = np.cumsum(self._held()[rows][::-1])[::-1] * len(self._groups)  # of this row and those after it
+        blocks = np.cumsum(self.columns()[rows][::-1])[::-1] * len(self._groups)  # of this row and those after it
         first = int(np.searchsorted(-blocks, -self._free_capacity))
         self.free(rows[:first])
         return rows[first:]
@@ -268,6 +292,8 @@ def _admit(
 
 _free = _jit(grouped_rows.free, static_argnames="capacity")
 _truncate = _jit(grouped_rows.truncate, static_argnames="capacity")
+_give_back = _jit(grouped_rows.give_back, static_argnames="capacity")
+_advance = _jit(grouped_rows.advance)
 _fork = _jit(grouped_rows.fork)
 _mark_cached = _jit(grouped_rows.mark_cached)
 _uncache = _jit(grouped_rows.uncache)

@@ -13,6 +13,7 @@ from pyagent_kv_jax.errors import (
 )
 from pyagent_kv_jax.manager.block_hash import BlockHasher
 from pyagent_kv_jax.manager.control_plane import ControlPlane
+from pyagent_kv_jax.manager.decode_ahead import DecodeAhead
 from pyagent_kv_jax.manager.events import EventLog
 from pyagent_kv_jax.manager.known_tokens import KnownTokens, TokenRecord
 from pyagent_kv_jax.manager.manager_stats import Counts, ManagerStats
@@ -33,7 +34,8 @@ class ManagerParts:
         self.config = config
         self.options = options
         self.pages: KVPages | None = None
-        self.control = ControlPlane(config)
+        self._control = ControlPlane(config, options.prediction_horizon)
+        self.ahead = DecodeAhead(config, options.prediction_horizon)
         self.rows = RequestRows(config.max_num_reqs)
         self.waiting: dict[str, TokenRecord] = {}  # added, or to be computed again; they hold nothing
         self.tokens = KnownTokens(config.block_size, config.max_num_reqs)
@@ -57,6 +59,16 @@ class ManagerParts:
         # Leading columns whose blocks hold nothing: they were out of sight when the request was swapped out.
         self._hollow = np.zeros((len(config.groups), config.max_num_reqs), np.int32)
 
+    @property
+    def control(self) -> ControlPlane:
+        """The control plane, told of all that decode steps have put off."""
+        if self.ahead.used.any():
+            self._control.advance(self.ahead.used)
+        if self.ahead.freed_rows:
+            self._control.free(self.ahead.freed_rows)
+        self.ahead.settled()
+        return self._control
+
     # -- who is here -------------------------------------------------------------------------------------------
 
     def holds(self, request_id: str) -> bool:
@@ -78,7 +90,7 @@ class ManagerParts:
 
     def num_free(self) -> int:
         """Blocks that an admission could take."""
-        return self.control.num_free()
+        return self.ahead.num_free(self._control)
 
     def blocks_of(self, request_id: str) -> tuple[np.ndarray, np.ndarray]:
         """Blocks on the device and in host memory of one request, i32[G, columns] each; -1 where there is none."""
@@ -160,7 +172,7 @@ class ManagerParts:
         self, ids: tuple[str, ...], rows: np.ndarray, starts: dict[int, Start], gained: np.ndarray
     ) -> np.ndarray:
         """i64[n], tokens of each row when it has ``gained`` so many; ``RequestTooLongError`` where it can't."""
-        held = self.control.lengths()[rows]
+        held = self._control.lengths()[rows] + self.ahead.used[rows]
         if starts:
             held[list(starts)] = 0
         totals = held + gained

@@ -50,6 +50,8 @@ class ManagerState(ManagerParts):
             check_distinct(batch.ids + batch.freed)
             self._check_known(batch.freed)
         freed_rows = [self.rows.row_of(i) for i in batch.freed if i in self.rows]
+        if self.ahead.horizon and (plan := self._step_in_reserve(batch, freed_rows)) is not None:
+            return plan
         rows, starts = self._rows_and_starts(batch.ids, freed_rows)
         counts = batch.counts
         cached = np.zeros(len(counts), np.int64)
@@ -62,16 +64,20 @@ class ManagerState(ManagerParts):
         has_drafts = self._drafts.any()
         if has_drafts:
             self._check_committed(batch.ids, rows)
-        under_way = self.control.begin_step(
+        ahead = self._reserve_ahead(batch, rows, starts, lengths) if self.ahead.horizon else None
+        under_way = self._control.begin_step(
             rows,
             counts,
-            freed_rows,
+            [*self.ahead.freed_rows, *freed_rows],
             batch.num_rows,
             batch.num_tokens,
             hits=hits_of(starts, len(rows)),
             restored=restored_by(starts, len(rows)),
             provisional=self._drafts if has_drafts else None,
+            used=self.ahead.used,
+            ahead=ahead,
         )
+        self.ahead.settled()
         # Another thread works on it. Meanwhile, what needs no answer, in the hope that nobody is refused.
         self._forget_freed(batch.freed)
         expects_drafts = self._expected.any()
@@ -81,11 +87,66 @@ class ManagerState(ManagerParts):
         if not ok.all():
             counts, cached = np.where(ok, counts, 0), np.where(ok, cached, 0)
         self._take_in(batch.ids, rows, starts, done)
+        if self.ahead.horizon:
+            self.ahead.told(rows, counts * (batch.num_tokens is None), ok, freed_rows, reserves=ahead is not None)
+            if ok.all() and counts.all():
+                self.ahead.remember(rows, np.asarray(meta.block_tables))
         if expects_drafts:
             self._note_drafts(rows, counts)
             filling = self._filling(rows, (lengths - self._drafts[rows]) * (counts > 0))
         self._enter(filling, ok, np.asarray(meta.block_tables))
         return StepPlan(batch.ids, ok, counts.astype(np.int32), meta, cached.astype(np.int32))
+
+    def _step_in_reserve(self, batch: Batch, freed_rows: list[int]) -> StepPlan | None:
+        """A decode step of requests that all have blocks in reserve for it; None: it takes the control plane."""
+        rows = self.rows.rows_of(batch.ids)
+        if batch.num_tokens is not None or not len(rows) or rows.min() < 0:
+            return None
+        if self._drafts.any() or self._expected.any():
+            return None
+        batch.check_fit(batch.counts)
+        lengths = self._lengths_after(batch.ids, rows, {}, batch.counts)
+        meta = self.ahead.serve(self._control, rows, batch.counts, batch.num_rows)
+        if meta is None:
+            return None
+        filling, ok = self._filling(rows, lengths * (batch.counts > 0)), meta.ok[: len(rows)]
+        self._enter(filling, ok, meta.block_tables)
+        self.ahead.take(self._control, rows, batch.counts, freed_rows)
+        self._forget_freed(batch.freed)
+        return StepPlan(batch.ids, ok, batch.counts.astype(np.int32), meta, np.zeros(len(rows), np.int32))
+
+    def _reserve_ahead(
+        self, batch: Batch, rows: np.ndarray, starts: Mapping[int, Start], lengths: np.ndarray
+    ) -> np.ndarray | None:
+        """Tokens i64[n] that the rows of a decode step get blocks for ahead; None: none, for others may want them.
+
+        Where even without that the blocks might not suffice, what is in reserve is given back first.
+        """
+        held = self._control.columns()[rows]
+        held[list(starts)] = 0
+        copies = len(rows) if self._control.may_copy else 0
+
+        def fit(tokens: np.ndarray) -> bool:
+            columns = np.maximum(-(-tokens // self.config.block_size) - held, 0)
+            return (int(columns.sum()) + copies) * len(self.config.groups) <= self._control.num_free()
+
+        if batch.num_tokens is None:
+            self.ahead.missed(self._control, rows, lengths)
+            wanted = self.ahead.wanted(rows, batch.counts, lengths)
+            if fit(lengths + wanted):
+                return wanted
+        if not fit(lengths):
+            self._give_back_reserve()
+        return None
+
+    def _give_back_reserve(self) -> bool:
+        """Free what decode steps have in reserve; whether there was any."""
+        control = self.control
+        if not self.ahead.reserved(control).any():
+            return False
+        control.give_back(self.ahead.reserving)
+        self.ahead.given_back()
+        return True
 
     def _note_drafts(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """Rows that have just gained ``counts`` tokens, some of them expected to be drafts."""
@@ -96,12 +157,15 @@ class ManagerState(ManagerParts):
 
     def warm_up(self, num_rows: int, num_tokens: int | None) -> None:
         """See ``KVCacheManager.warm_up``."""
-        plane, nobody = ControlPlane(self.config), np.zeros(0, np.int32)
-        plane.may_copy = self.control.may_copy
+        plane, nobody = ControlPlane(self.config, self.ahead.horizon), np.zeros(0, np.int32)
+        plane.may_copy = self._control.may_copy
         caching = self.options.prefix_caching
         for freed_rows in ([], [0]):
             plane.begin_step(nobody, nobody, freed_rows, num_rows, num_tokens).result()
         plane.free([0])
+        if self.ahead.horizon:
+            plane.advance(self.ahead.used)
+            plane.give_back(self.ahead.reserving)
         if caching:
             plane.begin_step(nobody, nobody, [], num_rows, num_tokens, hits=NO_HITS).result()
             most_entered = (num_rows + (num_tokens or 0) // self.config.block_size) * len(self.config.groups)
@@ -117,6 +181,8 @@ class ManagerState(ManagerParts):
         lengths = self._lengths_after((request_id,), rows, starts, cached + counts)
         self._check_committed((request_id,), rows)
         done = self.control.admit(rows, counts, hits_of(starts, 1))
+        if not done.ok[0] and self._give_back_reserve():
+            done = self.control.admit(rows, counts, hits_of(starts, 1))
         if not done.ok[0]:
             return False
         self._take_in((request_id,), rows, starts, done)
@@ -172,7 +238,8 @@ class ManagerState(ManagerParts):
         (start,) = self._starts_of([request_id])
         num_tokens = max(start.num_tokens, 0 if start.record is None else start.record.num_tokens)
         hits = start.hit.blocks[start.hit.blocks >= 0]
-        revived = int((self.control.ref_counts()[hits] == 0).sum())
+        control = self.control if self.ahead.freed_rows else self._control
+        revived = int((control.ref_counts()[hits] == 0).sum())
         return AdmissionPreview(
             start.num_tokens, self.blocks_for(num_tokens) - self.blocks_for(start.hit.num_tokens) + revived
         )
@@ -186,6 +253,7 @@ class ManagerState(ManagerParts):
         for i, start in served.items():
             row, request_id = int(rows[i]), ids[i]
             self._expected[row] = self._drafts[row] = self._hollow[:, row] = 0
+            self.ahead.start(row)
             record = self.waiting.pop(request_id, None)
             if request_id in self.swap.requests:
                 record = self.swap.requests[request_id].record
@@ -235,7 +303,7 @@ class ManagerState(ManagerParts):
     def _enter(self, filling: Filling | None, ok: np.ndarray, tables: np.ndarray) -> None:
         if filling is not None:
             for entered in self.filler.enter(filling, ok, tables, self._hollow):
-                self.control.mark_cached(entered)
+                self._control.mark_cached(entered)
 
     # -- giving back -------------------------------------------------------------------------------------------
 
@@ -275,6 +343,7 @@ class ManagerState(ManagerParts):
         self.control.fork(row, child_row)
         self.rows.take({child: child_row})
         self._expected[child_row] = self._drafts[child_row] = 0
+        self.ahead.start(child_row)
         self._hollow[:, child_row] = self._hollow[:, row]
         record = self.tokens.record_of(row)
         if record is not None:
@@ -294,8 +363,11 @@ class ManagerState(ManagerParts):
         counts = np.array([drafts + 1])
         self._lengths_after((request_id,), rows, {}, counts)
         done = self.control.admit(rows, counts, only_blocks=True)
+        if not done.ok[0] and self._give_back_reserve():
+            done = self.control.admit(rows, counts, only_blocks=True)
         if not done.ok[0]:
             return False
+        self.ahead.hand_over(int(rows[0]))
         self._forget_evicted(done.evicted_ids)
         self._move_pages(done, [])
         self._expected[rows] = drafts

@@ -45,6 +45,9 @@ class ManagerOptions:
         preemption_cost: what decides between swapping and computing again.
         zero_on_free: overwrite with zeros what a block held before, ahead of its next holder.
         event_capacity: unread events kept for ``KVCacheManager.events``. 0: no events.
+        prediction_horizon: decode steps that blocks are reserved for ahead, as far as requests are expected to go on,
+            so that a step within them needs no call of the control plane. Reserved blocks count as free, and are given
+            back before anybody is refused. 0: none.
         callback_timeout: seconds a memory-pressure callback may take before the manager goes on without it.
 
     Raises:
@@ -58,10 +61,11 @@ class ManagerOptions:
     preemption_cost: PreemptionCost = PreemptionCost()
     zero_on_free: bool = False
     event_capacity: int = 0
+    prediction_horizon: int = 0
     callback_timeout: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("num_host_blocks", "event_capacity"):
+        for name in ("num_host_blocks", "event_capacity", "prediction_horizon"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ConfigError(f"ManagerOptions.{name}: got {value!r}, want an integer of at least 0")

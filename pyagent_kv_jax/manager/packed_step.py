@@ -34,6 +34,7 @@ class StepShape(NamedTuple):
         capacity: most blocks given.
         copies: whether blocks may have to be copied.
         max_tokens_per_req: what a row has room for.
+        reserves: whether rows may have used, and are given, blocks ahead of their tokens.
     """
 
     num_requests: int
@@ -46,6 +47,7 @@ class StepShape(NamedTuple):
     capacity: int
     copies: bool
     max_tokens_per_req: int
+    reserves: bool
 
     def inputs(self) -> dict[str, slice]:
         """Where in the vector a step is told what."""
@@ -82,6 +84,8 @@ def pack(
     restored: np.ndarray | None,
     freed: list[int],
     marks: np.ndarray,
+    used: np.ndarray | None = None,
+    ahead: np.ndarray | None = None,
 ) -> np.ndarray:
     """The vector of a step over ``rows`` i32[n], n <= B; see ``ControlPlane.begin_step``."""
     at, n = shape.inputs(), len(rows)
@@ -95,6 +99,10 @@ def pack(
         words[at["freed"]][freed] = 1
     words[at["marks"]][len(marks) :] = -1
     words[at["marks"]][: len(marks)] = marks
+    if shape.reserves and used is not None:
+        words[at["used"]] = used
+    if shape.reserves and ahead is not None:
+        words[at["ahead"]][:n] = ahead
     return words
 
 
@@ -111,11 +119,19 @@ def packed_step(
     at = shape.inputs()
     rows, counts, restored = (words[at[name]] for name in ("rows", "counts", "restored"))
     state = grouped_rows.mark_cached(state, words[at["marks"]])
+    if shape.reserves:
+        state = grouped_rows.advance(state, words[at["used"]])
     if shape.free_capacity:
         state = grouped_rows.free(state, words[at["freed"]] != 0, capacity=shape.free_capacity)
     state = grouped_rows.release_out_of_sight(state, provisional, capacity=shape.release_capacity)
     state, done = grouped_rows.extend(
-        state, rows, restored + counts, capacity=shape.capacity, hits=hits, copies=shape.copies
+        state,
+        rows,
+        restored + counts,
+        capacity=shape.capacity,
+        hits=hits,
+        copies=shape.copies,
+        ahead=words[at["ahead"]] if shape.reserves else None,
     )
     ok = done.ok & (rows >= 0)
     lens = jnp.where(ok, counts, 0)
@@ -192,7 +208,17 @@ def _named(ids: np.ndarray, number: int) -> np.ndarray:
 def _inputs(shape: StepShape) -> dict[str, slice]:
     size = shape.num_rows
     freed = shape.num_requests if shape.free_capacity else 0
-    return _slices({"rows": size, "counts": size, "restored": size, "freed": freed, "marks": shape.num_marks})
+    return _slices(
+        {
+            "rows": size,
+            "counts": size,
+            "restored": size,
+            "freed": freed,
+            "marks": shape.num_marks,
+            "used": shape.num_requests * shape.reserves,
+            "ahead": size * shape.reserves,
+        }
+    )
 
 
 @lru_cache(maxsize=1024)
