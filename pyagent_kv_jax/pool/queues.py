@@ -7,9 +7,9 @@
 
     [ compacted ][ gap ][ unswept ]
 
-Each step that makes holes or joins blocks also sweeps a few entries: live ones move from the front of ``unswept`` to
-the end of ``compacted``, and the gap grows by the holes between them. When ``unswept`` is used up, the tail retreats
-over the gap and the next pass begins. Sweeping four entries for each one that joins or leaves keeps the ring within 2N
+Each step that makes holes (but for ``remove``) or joins blocks also sweeps a few entries: live ones move from the front
+of ``unswept`` to the end of ``compacted``, and the gap grows by the holes between them. When ``unswept`` is used up, the
+tail retreats over the gap and the next pass begins. Sweeping four entries for each one that joins or leaves keeps the ring within 2N
 entries: a pass over E entries ends before E / 3 more have joined, and leaves at most N + E / 3. So no step ever
 compacts the ring as a whole.
 """
@@ -126,6 +126,8 @@ def remove_cached(queues: Queues, index: jax.Array, leaves: jax.Array) -> Queues
 def remove(queues: Queues, leaves: jax.Array, cached: jax.Array) -> Queues:
     """Take the free blocks ``leaves`` bool[N], of either kind, out of their queues. Costs O(N).
 
+    It sweeps nothing: a block that left can only make the ring longer when it joins again, and that is swept.
+
     Args:
         queues: the queues.
         leaves: bool[N], true for free blocks only.
@@ -139,12 +141,11 @@ def remove(queues: Queues, leaves: jax.Array, cached: jax.Array) -> Queues:
     stays = (lane < at.num_uncached) & ~leaves.at[entries].get(mode="fill", fill_value=False)
     rank = jnp.cumsum(stays, dtype=jnp.int32)
     index = uncached_index(queues, rank - 1)
-    queued = Queues(
+    return Queues(
         queued.queue.at[jnp.where(stays, index, 4 * num_blocks)].set(entries, mode="drop"),
         queues.position.at[jnp.where(stays, entries, num_blocks)].set(index, mode="drop"),
         queued.at._replace(num_uncached=rank[-1]),
     )
-    return sweep(queued, jnp.sum(leaves & cached, dtype=jnp.int32))
 
 
 def in_order(queues: Queues) -> jax.Array:

@@ -280,13 +280,14 @@ def test_under_jit_and_scan_as_eagerly():
     traced(scanned, hits, counts)
 
 
-def test_the_ring_of_cached_blocks_stays_within_twice_the_pool():
+@pytest.mark.parametrize("method", ["share", "take"])
+def test_the_ring_of_cached_blocks_stays_within_twice_the_pool(method):
     """Revived and freed for ever, with never an eviction to shorten the ring."""
     num_blocks, rng = 600, np.random.default_rng(0)
     pool, held = BlockPool.create(num_blocks).allocate([num_blocks], capacity=num_blocks)
     pool, _ = pool.mark_cached(held.ids)
     pool, _ = pool.free(held.ids)
-    step = jax.jit(lambda pool, ids: pool.share(ids)[0].free(ids)[0])
+    step = jax.jit(lambda pool, ids: getattr(pool, method)(ids)[0].free(ids)[0])
     longest = 0
     for _ in range(200):
         pool = step(pool, rng.choice(num_blocks, 64, replace=False).astype(np.int32))
