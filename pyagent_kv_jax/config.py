@@ -8,7 +8,7 @@ import numbers
 import os
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -226,10 +226,14 @@ class KVCacheConfig:
         memory_fraction: share of the device's free memory to take when ``num_blocks`` is None.
         layer_groups: groups of layers that keep different tokens, each with a table of its own over the one pool; a
             block spans ``layers_per_group`` layers of one group. Empty: one group of all layers that keeps all tokens.
+        kernel_block_size: tokens of one page as the kernels see it; divides ``block_size``. A block is so many
+            consecutive pages. None: ``block_size``, one page a block.
+        num_kernel_blocks: pages of each layer, where they are more than the blocks' own: those that a change of block
+            size left over. None: those of the blocks.
 
     Raises:
-        ConfigError: a size that is not a positive integer, more slots than an int32 can name, or groups in which not
-            every layer is named once.
+        ConfigError: a size that is not a positive integer, a kernel block size that does not divide, fewer pages than
+            the blocks need, more slots than an int32 can name, or groups in which not every layer is named once.
         DeviceUnavailableError: ``device`` is not there (looked up only when ``num_blocks`` is None).
     """
 
@@ -245,6 +249,8 @@ class KVCacheConfig:
     v_head_dim: int | None = None
     memory_fraction: float = 0.9
     layer_groups: tuple[LayerGroup, ...] = ()
+    kernel_block_size: int | None = None
+    num_kernel_blocks: int | None = None
 
     def __post_init__(self) -> None:
         device = DeviceType.default() if self.device is None else DeviceType(self.device)
@@ -259,6 +265,7 @@ class KVCacheConfig:
             raise ConfigError(f"KVCacheConfig.memory_fraction: got {self.memory_fraction!r}, want 0 < fraction <= 1")
         sizes = ("num_layers", "num_heads", "head_dim", "v_head_dim", "block_size", "max_num_reqs", "max_model_len")
         _require_positive(self, *sizes)
+        self._check_page_size(self.block_size)
         named = sorted(layer for group in self.groups for layer in group.layers)
         if named != list(range(self.num_layers)):
             raise ConfigError(
@@ -267,10 +274,25 @@ class KVCacheConfig:
         if self.num_blocks is None:
             object.__setattr__(self, "num_blocks", self._blocks_that_fit())
         _require_positive(self, "num_blocks")
+        if self.num_kernel_blocks is not None:
+            _require_positive(self, "num_kernel_blocks")
+            if self.num_kernel_blocks < (needed := self.pool_blocks * self.pages_per_block):
+                raise ConfigError(
+                    f"KVCacheConfig.num_kernel_blocks: got {self.num_kernel_blocks}, want at least the {needed} of "
+                    f"{self.pool_blocks} blocks of {self.pages_per_block}"
+                )
         if self.num_slots > _MAX_INT32:
             raise ConfigError(
                 f"KVCacheConfig: layers_per_group * num_blocks * block_size = {self.num_slots} slots, "
                 f"want at most {_MAX_INT32}"
+            )
+
+    def _check_page_size(self, block_size: int) -> None:
+        """That ``block_size`` is a positive multiple of the kernel block size."""
+        _require_positive(self, *(("kernel_block_size",) if self.kernel_block_size is not None else ()))
+        if block_size % self.page_size:
+            raise ConfigError(
+                f"KVCacheConfig.kernel_block_size: got {self.page_size}, want a divisor of block_size {block_size}"
             )
 
     def _blocks_that_fit(self) -> int:
@@ -296,6 +318,21 @@ class KVCacheConfig:
         return self.num_blocks
 
     @property
+    def page_size(self) -> int:
+        """``kernel_block_size``, resolved: tokens of one page."""
+        return self.block_size if self.kernel_block_size is None else self.kernel_block_size
+
+    @property
+    def pages_per_block(self) -> int:
+        """k: pages of one layer that a block consists of. Block b has pages ``b * k`` to ``b * k + k - 1``."""
+        return self.block_size // self.page_size
+
+    @property
+    def pages_per_layer(self) -> int:
+        """``num_kernel_blocks``, resolved."""
+        return self.num_kernel_blocks or self.pool_blocks * self.pages_per_block
+
+    @property
     def value_head_dim(self) -> int:
         """``v_head_dim``, resolved."""
         assert self.v_head_dim is not None
@@ -314,7 +351,7 @@ class KVCacheConfig:
     @property
     def num_slots(self) -> int:
         """Slots of all layers of a block's span together."""
-        return self.layers_per_group * self.pool_blocks * self.block_size
+        return self.layers_per_group * self.pages_per_layer * self.page_size
 
     @property
     def max_request_tokens(self) -> int:
@@ -365,6 +402,30 @@ class KVCacheConfig:
             max_num_reqs=self.max_num_reqs,
             max_num_blocks_per_req=math.ceil(self.max_model_len / self.block_size),
             max_num_batched_tokens=max_num_batched_tokens,
+            kernel_block_size=self.page_size,
+        )
+
+    def with_block_size(self, block_size: int) -> Self:
+        """The same pages, in blocks of ``block_size`` tokens: as many blocks as there are whole ones.
+
+        Raises:
+            ConfigError: not a positive multiple of the kernel block size, or more than all pages of a layer hold.
+        """
+        if not isinstance(block_size, numbers.Integral) or isinstance(block_size, bool) or block_size <= 0:
+            raise ConfigError(f"block_size: got {block_size!r}, want a positive multiple of {self.page_size}")
+        block_size, pages = int(block_size), self.pages_per_layer
+        self._check_page_size(block_size)
+        num_blocks, left_over = divmod(pages, block_size // self.page_size)
+        if not num_blocks:
+            raise ConfigError(
+                f"block_size: got {block_size}, want at most the {pages * self.page_size} tokens of a layer's pages"
+            )
+        return dataclasses.replace(
+            self,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            kernel_block_size=None if block_size == self.page_size else self.page_size,
+            num_kernel_blocks=pages if left_over else None,
         )
 
 

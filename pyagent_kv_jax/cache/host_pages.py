@@ -45,21 +45,23 @@ HOST_MEMORY = "pinned_host"
 _LARGEST_CHUNK = 256
 
 Arrays = tuple[jax.Array, jax.Array]
-Move = Callable[[Arrays, Arrays, Any, Any, Any], Arrays]
+Move = Callable[[Arrays, Arrays, Any, Any, Any, int], Arrays]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["k_pages", "v_pages"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["k_pages", "v_pages"], meta_fields=["pages_per_block"])
 @dataclasses.dataclass(frozen=True)
 class HostPages:
     """K and V of blocks in pinned host memory, block-major: a block is one contiguous run of each array.
 
     Attributes:
-        k_pages: [num_host_blocks, layers_per_group, num_heads, block_size, head_dim], as the device stores them.
+        k_pages: [num_host_blocks * k, layers_per_group, num_heads, page_size, head_dim], as the device stores them.
         v_pages: the same with the V head_dim.
+        pages_per_block: static; k, see ``KVPages``.
     """
 
     k_pages: jax.Array
     v_pages: jax.Array
+    pages_per_block: int = 1
 
     @classmethod
     def create(cls, config: KVCacheConfig, num_host_blocks: int) -> Self:
@@ -78,17 +80,17 @@ class HostPages:
         sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=HOST_MEMORY)
 
         def blocks(page_shape: tuple[int, ...]) -> jax.Array:
-            shape = (num_host_blocks, config.layers_per_group, *page_shape[1:])
+            shape = (num_host_blocks * config.pages_per_block, config.layers_per_group, *page_shape[1:])
             # Zeros of numpy, which take no memory: made by JAX they would pass through the device.
             return jax.device_put(np.zeros(shape, config.storage_dtype), sharding, may_alias=False)
 
         k_shape, v_shape = page_shapes(config)
-        return cls(blocks(k_shape), blocks(v_shape))
+        return cls(blocks(k_shape), blocks(v_shape), config.pages_per_block)
 
     @property
     def num_blocks(self) -> int:
         """Blocks of the host pool."""
-        return self.k_pages.shape[0]
+        return self.k_pages.shape[0] // self.pages_per_block
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +120,7 @@ def swap_out(pages: KVPages, host: HostPages, gpu_ids: ArrayLike, cpu_ids: Array
         ShapeMismatchError: ids that are not two equally long lists of integers, or blocks of another geometry.
     """
     ids = ("gpu_ids", gpu_ids, pages.config.pool_blocks), ("cpu_ids", cpu_ids, host.num_blocks)
-    return HostPages(*_swap(_copy_out, pages, host, *ids))
+    return HostPages(*_swap(_copy_out, pages, host, *ids), host.pages_per_block)
 
 
 def swap_in(host: HostPages, pages: KVPages, cpu_ids: ArrayLike, gpu_ids: ArrayLike) -> KVPages:
@@ -137,40 +139,40 @@ _Ids = tuple[str, ArrayLike, int]
 
 def _swap(copy: Move, source: KVPages | HostPages, target: KVPages | HostPages, src: _Ids, dst: _Ids) -> Arrays:
     """``target``'s arrays with the blocks ``dst`` replaced by the blocks ``src`` of ``source``."""
-    _check_geometry(source, target)
+    k = _checked_geometry(source, target)
     read, written = (source.k_pages, source.v_pages), (target.k_pages, target.v_pages)
     if not is_concrete(read, written, src[1], dst[1]):
-        return copy(read, written, *_valid_first(src, dst))
+        return copy(read, written, *_valid_first(src, dst), k)
     src_ids, dst_ids = checked_pairs(src, dst)
     order = np.argsort(src_ids if copy is _copy_out else dst_ids)  # no destination is named twice: any order will do
     src_ids, dst_ids = src_ids[order], dst_ids[order]
     for part in _chunks(len(src_ids)):
-        written = _DISPATCHED[copy](read, written, src_ids[part], dst_ids[part])
+        written = _DISPATCHED[copy](read, written, src_ids[part], dst_ids[part], k)
     return written
 
 
-def _copy_out(pages: Arrays, host: Arrays, gpu_ids: Any, cpu_ids: Any, count: Any) -> Arrays:
-    """The first ``count`` pairs, in their order."""
+def _copy_out(pages: Arrays, host: Arrays, gpu_ids: Any, cpu_ids: Any, count: Any, k: int) -> Arrays:
+    """The first ``count`` pairs of blocks of ``k`` pages, in their order."""
     by_layer = _by_layer(pages, host)
 
     def copy(i: Any, host: Arrays) -> Any:
-        blocks = (lax.dynamic_slice_in_dim(x, gpu_ids[i], 1, axis=1).swapaxes(0, 1) for x in by_layer)
+        blocks = (lax.dynamic_slice_in_dim(x, gpu_ids[i] * k, k, axis=1).swapaxes(0, 1) for x in by_layer)
         across = jax.device_put(tuple(blocks), jax.memory.Space.Host)
         return jax.tree.map(
-            lambda x, block: lax.dynamic_update_slice_in_dim(x, block, cpu_ids[i], axis=0), host, across
+            lambda x, block: lax.dynamic_update_slice_in_dim(x, block, cpu_ids[i] * k, axis=0), host, across
         )
 
     return lax.fori_loop(0, count, copy, host)
 
 
-def _copy_in(host: Arrays, pages: Arrays, cpu_ids: Any, gpu_ids: Any, count: Any) -> Arrays:
-    """The first ``count`` pairs, in their order."""
+def _copy_in(host: Arrays, pages: Arrays, cpu_ids: Any, gpu_ids: Any, count: Any, k: int) -> Arrays:
+    """The first ``count`` pairs of blocks of ``k`` pages, in their order."""
 
     def copy(i: Any, by_layer: Arrays) -> Any:
-        blocks = tuple(lax.dynamic_slice_in_dim(x, cpu_ids[i], 1, axis=0) for x in host)
+        blocks = tuple(lax.dynamic_slice_in_dim(x, cpu_ids[i] * k, k, axis=0) for x in host)
         across = jax.device_put(blocks, jax.memory.Space.Device)
         return jax.tree.map(
-            lambda x, block: lax.dynamic_update_slice_in_dim(x, block.swapaxes(0, 1), gpu_ids[i], axis=1),
+            lambda x, block: lax.dynamic_update_slice_in_dim(x, block.swapaxes(0, 1), gpu_ids[i] * k, axis=1),
             by_layer,
             across,
         )
@@ -180,7 +182,7 @@ def _copy_in(host: Arrays, pages: Arrays, cpu_ids: Any, gpu_ids: Any, count: Any
 
 
 def _by_layer(pages: Arrays, host: Arrays) -> Arrays:
-    """The pages as [layers_per_group, num_blocks, num_heads, block_size, head_dim]; costs nothing."""
+    """The pages as [layers_per_group, pages_per_layer, num_heads, page_size, head_dim]; costs nothing."""
     k, v = (x.reshape(host[0].shape[1], -1, *x.shape[1:]) for x in pages)
     return k, v
 
@@ -188,9 +190,9 @@ def _by_layer(pages: Arrays, host: Arrays) -> Arrays:
 def _dispatched(copy: Move) -> Callable[..., Arrays]:
     """``copy`` of all pairs, jitted, the target donated; one program for each number of pairs."""
 
-    @partial(jax.jit, donate_argnums=1)
-    def swap(source: Arrays, target: Arrays, src_ids: jax.Array, dst_ids: jax.Array) -> Arrays:
-        return copy(source, target, src_ids, dst_ids, src_ids.shape[0])
+    @partial(jax.jit, donate_argnums=1, static_argnums=4)
+    def swap(source: Arrays, target: Arrays, src_ids: jax.Array, dst_ids: jax.Array, k: int = 1) -> Arrays:
+        return copy(source, target, src_ids, dst_ids, src_ids.shape[0], k)
 
     return swap
 
@@ -254,7 +256,8 @@ def _check_lengths(src_name: str, src: Any, dst_name: str, dst: Any) -> None:
         raise ShapeMismatchError(f"{dst_name}: got {dst.shape[0]} ids, want {src.shape[0]}, as many as {src_name}")
 
 
-def _check_geometry(a: KVPages | HostPages, b: KVPages | HostPages) -> None:
+def _checked_geometry(a: KVPages | HostPages, b: KVPages | HostPages) -> int:
+    """Pages of a block, once it is clear that both are of one geometry."""
     host, pages = (a, b) if isinstance(a, HostPages) else (b, a)
     assert isinstance(pages, KVPages)
     config = pages.config
@@ -266,3 +269,8 @@ def _check_geometry(a: KVPages | HostPages, b: KVPages | HostPages) -> None:
                 f"host {name}: got blocks of {on_host.dtype}{list(on_host.shape[1:])}, "
                 f"want {on_device.dtype}{list(want)} as on the device"
             )
+    if host.pages_per_block != config.pages_per_block:
+        raise ShapeMismatchError(
+            f"host pages: got {host.pages_per_block} pages a block, want {config.pages_per_block} as on the device"
+        )
+    return host.pages_per_block

@@ -28,12 +28,15 @@ from pyagent_kv_jax.errors import ShapeMismatchError
 class KVPages:
     """K and V of every layer, in flat pages.
 
-    Block ``b`` of layer ``l`` is page ``l * num_blocks + b``: no kernel is ever handed a slice of a layer, which
-    XLA would copy. Inside a scan over layers the pages are the carry. With several layer groups, a block belongs to one
-    group at a time, and ``l`` is the layer's place in its group.
+    Page ``p`` of layer ``l`` is page ``l * pages_per_layer + p`` of all: no kernel is ever handed a slice of a layer,
+    which XLA would copy. Inside a scan over layers the pages are the carry. With several layer groups, a block belongs
+    to one group at a time, and ``l`` is the layer's place in its group.
+
+    Block ``b`` is the pages ``b * k`` to ``b * k + k - 1`` of each layer it spans (hybrid block sizes; else k is 1).
+    Slots are the same numbers in blocks and in pages, so only block ids are translated, and only here.
 
     Attributes:
-        k_pages: [layers_per_group * num_blocks, num_heads, block_size, head_dim], of ``config.storage_dtype``.
+        k_pages: [layers_per_group * pages_per_layer, num_heads, page_size, head_dim], of ``config.storage_dtype``.
         v_pages: the same with the V head_dim.
         k_scale: f32[num_layers, num_heads], stored K times this is K; None unless the dtype is quantised.
         v_scale: the same for V.
@@ -80,8 +83,8 @@ class KVPages:
         """
         self._check_tokens(k, v, slot_mapping)
         config = self.config
-        slots_per_layer = config.pool_blocks * config.block_size
-        slots = _within(slot_mapping, slots_per_layer, self._span_index(layer), "slot_mapping")
+        first = self._span_index(layer) * (config.pages_per_layer * config.page_size)
+        slots = _within(slot_mapping, config.pool_blocks * config.block_size, first, "slot_mapping")
         k_pages, v_pages = paged_write(
             self.k_pages,
             self.v_pages,
@@ -143,7 +146,7 @@ class KVPages:
             q,
             pages.k_pages,
             pages.v_pages,
-            _within(tables, config.pool_blocks, self._span_index(layer), "block_tables"),
+            self._pages(tables, self._span_index(layer) * config.pages_per_layer, "block_tables"),
             meta.kv_lens,
             meta.query_start_loc,
             scale=scale,
@@ -167,10 +170,16 @@ class KVPages:
 
         Pairs with a -1 are left out. Ids outside the pool: see ``pages_of``.
         """
-        src_pages, dst_pages = self.pages_of(src), self.pages_of(dst)
-        k_pages, v_pages = paged_copy(
-            (self.k_pages, self.v_pages), src_pages.ravel(), dst_pages.ravel(), implementation=self._implementation
-        )
+        return self._copy(self.pages_of(src), self.pages_of(dst))
+
+    def copy_pages(self, src: jax.Array, dst: jax.Array) -> Self:
+        """``copy_blocks`` for pages ``src`` and ``dst`` i32[n] of 0 to ``pages_per_layer - 1``, pieces of blocks."""
+        size, first = self.config.pages_per_layer, self._first_pages()
+        return self._copy(_within(src, size, first, "src"), _within(dst, size, first, "dst"))
+
+    def _copy(self, src: jax.Array, dst: jax.Array) -> Self:
+        pages = (self.k_pages, self.v_pages)
+        k_pages, v_pages = paged_copy(pages, src.ravel(), dst.ravel(), implementation=self._implementation)
         return dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
 
     def clear_blocks(self, ids: jax.Array) -> Self:
@@ -188,20 +197,19 @@ class KVPages:
         Each [layers_per_group, n, num_heads, block_size, head_dim], as stored (raw bits for fp8); zeros for id -1.
         Ids outside the pool: see ``pages_of``.
         """
-        pages = self.pages_of(ids)
+        pages = self.pages_of(ids).ravel()
         k, v = (
-            paged_gather(stored, pages.ravel(), implementation=self._implementation)
+            self._as_blocks(paged_gather(stored, pages, implementation=self._implementation))
             for stored in (self.k_pages, self.v_pages)
         )
-        return k.reshape(*pages.shape, *k.shape[1:]), v.reshape(*pages.shape, *v.shape[1:])
+        return k, v
 
     def pages_of(self, ids: jax.Array) -> jax.Array:
-        """Page ids i32[layers_per_group, n] of blocks ``ids`` i32[n]; -1 stays -1.
+        """Page ids i32[layers_per_group, n * k] of blocks ``ids`` i32[n]; for -1, k times -1.
 
         An id outside the pool is a ``checkify`` error; outside checking mode it is taken for -1.
         """
-        layers = jnp.arange(self.config.layers_per_group, dtype=jnp.int32)[:, None]
-        return _within(ids, self.config.pool_blocks, layers, "ids")
+        return self._pages(ids, self._first_pages(), "ids")
 
     def with_scales(self, k_scale: jax.Array, v_scale: jax.Array) -> Self:
         """The same pages read and written with these scales, each f32[num_layers, num_heads] or broadcastable.
@@ -230,6 +238,26 @@ class KVPages:
         # Under jit, where pages are is not known, and a process with a GPU may keep some pages on the host.
         return "xla" if self.config.device_type is DeviceType.CPU else None
 
+    def _pages(self, blocks: jax.Array, first: jax.Array, name: str) -> jax.Array:
+        """Page ids i32[..., n * k] of ``blocks`` i32[..., n] in layers that begin at page ``first``; else -1."""
+        size, k = self.config.pool_blocks, self.config.pages_per_block
+        if k == 1:
+            return _within(blocks, size, first, name)
+        inside = _within(blocks, size, 0, name)[..., None]
+        pages = jnp.where(inside >= 0, inside * k + first[..., None] + jnp.arange(k, dtype=jnp.int32), -1)
+        return pages.reshape(*pages.shape[:-2], -1)
+
+    def _first_pages(self) -> jax.Array:
+        """i32[layers_per_group, 1]: the first page of each layer."""
+        return jnp.arange(self.config.layers_per_group, dtype=jnp.int32)[:, None] * self.config.pages_per_layer
+
+    def _as_blocks(self, pages: jax.Array) -> jax.Array:
+        """Pages [layers * n * k, heads, page_size, dim] of all layers as [layers, n, heads, block_size, dim]."""
+        config = self.config
+        _, heads, size, dim = pages.shape
+        split = pages.reshape(config.layers_per_group, -1, config.pages_per_block, heads, size, dim)
+        return split.swapaxes(2, 3).reshape(*split.shape[:2], heads, config.block_size, dim)
+
     def _span_index(self, layer: ArrayLike) -> Any:
         """i32[]: which of the layers that a block spans ``layer`` is."""
         return _per_layer(self.config, lambda _, index: index)[layer] if self.config.layer_groups else jnp.int32(layer)
@@ -249,15 +277,18 @@ class KVPages:
 copy_blocks_in_place = jax.jit(KVPages.copy_blocks, donate_argnums=0)
 """``KVPages.copy_blocks`` as a call of its own, the pages donated."""
 
+copy_pages_in_place = jax.jit(KVPages.copy_pages, donate_argnums=0)
+"""``KVPages.copy_pages`` likewise."""
+
 clear_blocks_in_place = jax.jit(KVPages.clear_blocks, donate_argnums=0)
 """``KVPages.clear_blocks`` likewise."""
 
 
 def page_shapes(config: KVCacheConfig) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """Shapes of the K and V page arrays, head_dim as stored."""
-    pages = config.layers_per_group * config.pool_blocks
+    pages = config.layers_per_group * config.pages_per_layer
     k_dim, v_dim = config.storage_head_dim(config.head_dim), config.storage_head_dim(config.value_head_dim)
-    head = (pages, config.num_heads, config.block_size)
+    head = (pages, config.num_heads, config.page_size)
     return (*head, k_dim), (*head, v_dim)
 
 
@@ -270,10 +301,10 @@ def _per_layer(config: KVCacheConfig, value: Callable[[int, int], int]) -> jax.A
     return jnp.asarray(values)
 
 
-def _within(ids: jax.Array, size: int, layer: ArrayLike, name: str) -> jax.Array:
-    """``ids`` of one layer as those of all: ``layer * size`` further on. -1 for what no layer has."""
+def _within(ids: jax.Array, size: int, first: ArrayLike, name: str) -> jax.Array:
+    """``ids`` below ``size`` of a layer whose own begin at ``first`` among all layers'. -1 for what no layer has."""
     report_out_of_range(name, ids, size)  # unreported, it would name something of the next layer
-    return jnp.where((ids >= 0) & (ids < size), ids + layer * size, -1)
+    return jnp.where((ids >= 0) & (ids < size), ids + first, -1)
 
 
 def _of_layer(scales: jax.Array | None, layer: ArrayLike) -> Any:
