@@ -6,6 +6,7 @@ Padding is -1. Other ids out of range touch nothing outside the pool; in ``check
 """
 
 from pallas_kernels.checking import checking
+from pallas_kernels.compressed_slots import CompressedSlotMapping, compress_slots
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.errors import ArgumentError
 from pallas_kernels.merge_attention_states import merge_attention_states
@@ -25,7 +26,9 @@ from pallas_kernels.paged_write import paged_write
 __all__ = [
     "IMPLEMENTATIONS",
     "ArgumentError",
+    "CompressedSlotMapping",
     "checking",
+    "compress_slots",
     "from_heads_first",
     "from_interleaved",
     "from_nhd",

@@ -55,12 +55,13 @@ from pyagent_kv_jax.manager import (
     ManagerStats,
     MemoryPressure,
     MultimodalItem,
+    PredictiveBlockAllocator,
     PreemptionCost,
     StepPlan,
     create_kv_cache_manager,
 )
 from pyagent_kv_jax.pool import BlockPool
-from pyagent_kv_jax.tables import BlockTable, CpuGpuBuffer, SlotMapping, SparseBlockTable
+from pyagent_kv_jax.tables import BlockTable, CompressedSlotMapping, CpuGpuBuffer, SlotMapping, SparseBlockTable
 
 __all__ = [
     "AttentionMetadata",
@@ -71,6 +72,7 @@ __all__ = [
     "BlockTableConfig",
     "CacheExtras",
     "CallbackError",
+    "CompressedSlotMapping",
     "ConfigError",
     "CpuGpuBuffer",
     "DType",
@@ -98,6 +100,7 @@ __all__ = [
     "MultimodalItem",
     "OutOfBlocksError",
     "PagedKVCache",
+    "PredictiveBlockAllocator",
     "PreemptionCost",
     "RequestTooLongError",
     "ShapeMismatchError",

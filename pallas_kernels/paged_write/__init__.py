@@ -15,6 +15,7 @@ from pallas_kernels.arguments import (
     require_shape,
     same_dtype,
 )
+from pallas_kernels.compressed_slots import CompressedSlotMapping
 from pallas_kernels.dispatch import Implementation, Operation
 from pallas_kernels.errors import require
 from pallas_kernels.number_format import logical_dtype
@@ -34,7 +35,7 @@ def paged_write(
     v_pages: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    slot_mapping: jax.Array,
+    slot_mapping: jax.Array | CompressedSlotMapping,
     *,
     k_scale: Any = None,
     v_scale: Any = None,
@@ -52,8 +53,8 @@ def paged_write(
         v: floating [T, kv_heads, dv], dv <= Dv.
         slot_mapping: i32[T], the slot of each token, -1: dropped; or runs i32[n, 3] of (first_slot,
             first_token, length): tokens first_token, +1, ... go to slots first_slot, +1, ...; length 0 or
-            first_slot -1 is padding, and the lengths add up to T at most. Slots must be distinct; of equal
-            ones, one wins.
+            first_slot -1 is padding, and the lengths add up to T at most; or a ``CompressedSlotMapping`` of at
+            most T tokens. Slots must be distinct; of equal ones, one wins.
         k_scale: None (1), or a traced scale [] or [kv_heads]: what is stored is ``k / k_scale``.
         v_scale: likewise for v.
         kv_dtype: logical dtype of the pages: float32, bfloat16, float16, int8, float8_e4m3fn or float8_e5m2.
@@ -80,10 +81,7 @@ def paged_write(
         require(jnp.issubdtype(values.dtype, jnp.floating), name, values, want)
         require(values.shape[1] == kv_heads and 0 < values.shape[2] <= pages.shape[3], name, values, want)
     require(v.shape[0] == k.shape[0], "v", v, f"{k.shape[0]} tokens, as k")
-    want = f"int32[{k.shape[0]}] (a slot a token) or int32[n, 3] (first_slot, first_token, length)"
-    require_int32("slot_mapping", slot_mapping, want, (1, 2))
-    fits = slot_mapping.shape == (k.shape[0],) or (slot_mapping.ndim == 2 and slot_mapping.shape[1] == 3)
-    require(fits, "slot_mapping", slot_mapping, want)
+    _require_mapping(slot_mapping, k.shape[0], k_pages.shape[2])
     require_scale("k_scale", k_scale, kv_heads)
     require_scale("v_scale", v_scale, kv_heads)
     return _OPERATION(
@@ -97,3 +95,16 @@ def paged_write(
         v_scale=v_scale,
         kv_dtype=logical,
     )
+
+
+def _require_mapping(slot_mapping: Any, num_tokens: int, block_size: int) -> None:
+    """Slots, runs or words for so many tokens and pages of ``block_size``."""
+    if isinstance(slot_mapping, CompressedSlotMapping):
+        require_int32("slot_mapping.words", slot_mapping.words, "int32[n]", 1)
+        want = f"{block_size}, as k_pages"
+        require(slot_mapping.block_size == block_size, "slot_mapping.block_size", slot_mapping.block_size, want)
+        return
+    want = f"int32[{num_tokens}] (a slot a token) or int32[n, 3] (first_slot, first_token, length)"
+    require_int32("slot_mapping", slot_mapping, want, (1, 2))
+    fits = slot_mapping.shape == (num_tokens,) or (slot_mapping.ndim == 2 and slot_mapping.shape[1] == 3)
+    require(fits, "slot_mapping", slot_mapping, want)

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.compressed_slots import CompressedSlotMapping
 from pallas_kernels.mosaic_tpu import (
     compiler_params,
     require_arithmetic,
@@ -27,7 +28,7 @@ from pallas_kernels.mosaic_tpu import (
 )
 from pallas_kernels.number_format import encode, per_head
 from pallas_kernels.page_ids import report_out_of_range
-from pallas_kernels.paged_write.reference import expand_runs
+from pallas_kernels.paged_write.reference import slots_and_tokens
 
 FEW_TOKENS = 512
 MAX_STRIP_ROWS = 128
@@ -39,7 +40,7 @@ def paged_write(
     v_pages: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    slot_mapping: jax.Array,
+    slot_mapping: jax.Array | CompressedSlotMapping,
     *,
     k_scale: Any,
     v_scale: Any,
@@ -89,7 +90,7 @@ def _write(
     v_pages: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    slot_mapping: jax.Array,
+    slot_mapping: jax.Array | CompressedSlotMapping,
     k_scale: Any,
     v_scale: Any,
     *,
@@ -97,10 +98,8 @@ def _write(
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
     num_pages, kv_heads, block_size, _ = k_pages.shape
-    if slot_mapping.ndim == 2:
-        slots, tokens = expand_runs(slot_mapping, k.shape[0])
-    else:
-        slots, tokens = slot_mapping, jnp.arange(k.shape[0], dtype=jnp.int32)
+    slots, tokens = slots_and_tokens(slot_mapping, k.shape[0])
+    tokens = jnp.arange(k.shape[0], dtype=jnp.int32) if tokens is None else tokens
     report_out_of_range("slot_mapping", slots, num_pages * block_size)
     page = slots // block_size
     slots = jnp.where((page >= 0) & (page < num_pages), slots, -1)

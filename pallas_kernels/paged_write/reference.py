@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.checking import check
+from pallas_kernels.compressed_slots import CompressedSlotMapping
 from pallas_kernels.number_format import quantize
 from pallas_kernels.page_ids import nowhere_if_invalid, report_out_of_range
 
@@ -20,18 +21,16 @@ def paged_write(
     v_pages: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    slot_mapping: jax.Array,
+    slot_mapping: jax.Array | CompressedSlotMapping,
     *,
     k_scale: Any,
     v_scale: Any,
     kv_dtype: jnp.dtype,
 ) -> tuple[jax.Array, jax.Array]:
     """Scatter tokens into slots; see the public function."""
-    if slot_mapping.ndim == 2:
-        slots, tokens = expand_runs(slot_mapping, k.shape[0])
+    slots, tokens = slots_and_tokens(slot_mapping, k.shape[0])
+    if tokens is not None:
         k, v = k[tokens], v[tokens]
-    else:
-        slots = slot_mapping
     num_pages, _, block_size, _ = k_pages.shape
     report_out_of_range("slot_mapping", slots, num_pages * block_size)
     # Floor division sends every negative slot to a negative page, so one test of the page finds all bad
@@ -42,6 +41,15 @@ def paged_write(
         return scatter_tokens(pages, page, offset, quantize(values, scale, pages.dtype, kv_dtype))
 
     return write(k_pages, k, k_scale), write(v_pages, v, v_scale)
+
+
+def slots_and_tokens(
+    slot_mapping: jax.Array | CompressedSlotMapping, capacity: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """Any form of mapping as (slots i32[capacity], tokens i32[capacity]); tokens None: each entry its own."""
+    if isinstance(slot_mapping, CompressedSlotMapping):
+        return slot_mapping.expand(capacity), None
+    return expand_runs(slot_mapping, capacity) if slot_mapping.ndim == 2 else (slot_mapping, None)
 
 
 def expand_runs(runs: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.compressed_slots import CompressedSlotMapping
 from pallas_kernels.number_format import per_head
 from pallas_kernels.nvidia import Gpu, target_gpu
 from pallas_kernels.page_ids import nowhere_if_invalid, report_out_of_range
-from pallas_kernels.paged_write.reference import expand_runs
+from pallas_kernels.paged_write.reference import slots_and_tokens
 from pallas_kernels.triton_numbers import encode, require_addressable
 from pallas_kernels.triton_tiles import powers_of_2
 from pallas_kernels.tuning import next_power_of_2, parameters
@@ -25,7 +26,7 @@ def paged_write(
     v_pages: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    slot_mapping: jax.Array,
+    slot_mapping: jax.Array | CompressedSlotMapping,
     *,
     k_scale: Any,
     v_scale: Any,
@@ -52,7 +53,7 @@ def _write(
     v_pages: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    slot_mapping: jax.Array,
+    slot_mapping: jax.Array | CompressedSlotMapping,
     *,
     k_scale: Any,
     v_scale: Any,
@@ -64,10 +65,7 @@ def _write(
     capacity = k.shape[0]
     if not capacity:
         return k_pages, v_pages
-    if slot_mapping.ndim == 2:
-        slots, rows = expand_runs(slot_mapping, capacity)
-    else:
-        slots, rows = slot_mapping, None
+    slots, rows = slots_and_tokens(slot_mapping, capacity)
     num_pages, kv_heads, block_size, _ = k_pages.shape
     report_out_of_range("slot_mapping", slots, num_pages * block_size)
     inside = nowhere_if_invalid(slots // block_size, num_pages) < num_pages

@@ -7,11 +7,11 @@
 
     [ compacted ][ gap ][ unswept ]
 
-Each step that makes holes (but for ``remove``) or joins blocks also sweeps a few entries: live ones move from the front
-of ``unswept`` to the end of ``compacted``, and the gap grows by the holes between them. When ``unswept`` is used up, the
-tail retreats over the gap and the next pass begins. Sweeping four entries for each one that joins or leaves keeps the ring within 2N
-entries: a pass over E entries ends before E / 3 more have joined, and leaves at most N + E / 3. So no step ever
-compacts the ring as a whole.
+Each step that makes holes (but for ``remove``) or joins blocks also sweeps a few entries: live ones move from the
+front of ``unswept`` to the end of ``compacted``, and the gap grows by the holes between them. When ``unswept`` is used
+up, the tail retreats over the gap and the next pass begins. Sweeping four entries for each one that joins or leaves
+keeps the ring within 2N entries: a pass over E entries ends before E / 3 more have joined, and leaves at most
+N + E / 3. So no step ever compacts the ring as a whole.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Floor 1: from a position in a sequence to a block, and to the slot in it."""
 
 from pyagent_kv_jax.tables.block_table import BlockTable
+from pyagent_kv_jax.tables.compressed_slot_mapping import CompressedSlotMapping, compress_slots
 from pyagent_kv_jax.tables.cpu_gpu_buffer import CpuGpuBuffer
 from pyagent_kv_jax.tables.rows import (
     RowBlocks,
@@ -24,6 +25,7 @@ from pyagent_kv_jax.tables.sparse_block_table import SparseBlockTable
 
 __all__ = [
     "BlockTable",
+    "CompressedSlotMapping",
     "ContextParallel",
     "CpuGpuBuffer",
     "RowBlocks",
@@ -32,6 +34,7 @@ __all__ = [
     "StepTokens",
     "append_rows",
     "clear_rows",
+    "compress_slots",
     "get_blocks",
     "local_length",
     "release_rows",

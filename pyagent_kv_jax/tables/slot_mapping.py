@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pyagent_kv_jax.errors import ShapeMismatchError
+from pyagent_kv_jax.tables.compressed_slot_mapping import CompressedSlotMapping, compress_slots
 from pyagent_kv_jax.tables.ragged import offsets_from_lengths, rows_of_entries
 from pyagent_kv_jax.tables.table_storage import TableStorage
 
@@ -66,6 +67,10 @@ class SlotMapping:
         if missing < 0:
             raise ShapeMismatchError(f"token_positions: got {new.shape[0]} tokens, want at most {self.num_tokens}")
         return dataclasses.replace(self, slots=jnp.pad(new, (0, missing), constant_values=-1) if missing else new)
+
+    def compress(self, block_size: int, capacity: int | None = None) -> tuple[CompressedSlotMapping, jax.Array]:
+        """The same mapping in few words; arguments, ``ok`` and errors as in ``compress_slots``."""
+        return compress_slots(self.slots, block_size, capacity)
 
 
 class StepTokens(NamedTuple):

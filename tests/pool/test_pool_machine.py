@@ -28,15 +28,12 @@ _mark_cached = jax.jit(lambda pool, ids: pool.mark_cached(ids))
 _uncache = jax.jit(lambda pool, ids: pool.uncache(ids))
 _share = jax.jit(lambda pool, ids: pool.share(ids))
 _take = jax.jit(lambda pool, ids: pool.take(ids))
-_allocate_runs = jax.jit(
-    partial(allocate_blocks, capacity=CAPACITY, strategy=BlockAllocationStrategy.CONTIGUOUS),
+_allocate_runs = jax.jit(partial(allocate_blocks, capacity=CAPACITY, strategy=BlockAllocationStrategy.CONTIGUOUS))
+
+
+_allocate_near = jax.jit(
+    partial(allocate_blocks, strategy=BlockAllocationStrategy.NUMA_AWARE), static_argnames=("num_nodes", "capacity")
 )
-
-
-@partial(jax.jit, static_argnames="num_nodes")
-def _allocate_near(pool: BlockPool, counts: jax.Array, nodes: jax.Array, num_nodes: int) -> tuple[BlockPool, Admission]:
-    strategy = BlockAllocationStrategy.NUMA_AWARE
-    return allocate_blocks(pool, counts, capacity=CAPACITY, strategy=strategy, node=nodes, num_nodes=num_nodes)
 
 
 _COUNTS = st.lists(st.sampled_from([0, 1, 1, 2, 3, -1, 2**31 - 1]), min_size=ROWS, max_size=ROWS)
@@ -54,6 +51,16 @@ def same_admission(admitted: Admission, expected, capacity: int) -> None:
     assert admitted.row_offsets.tolist() == np.cumsum([0, *map(len, ids)]).tolist()
     assert admitted.ids.tolist() == padded(list(chain(*ids)), capacity).tolist()
     assert np.flatnonzero(admitted.evicted).tolist() == np.flatnonzero(list(chain(*evicted))).tolist()
+
+
+def near_both(pool: BlockPool, model: PoolModel, counts, nodes, num_nodes: int, capacity: int) -> BlockPool:
+    """As ``admit_both``, by nodes."""
+    nodes_given = np.array(nodes, np.int32)
+    pool, admitted = _allocate_near(
+        pool, np.array(counts, np.int32), node=nodes_given, num_nodes=num_nodes, capacity=capacity
+    )
+    same_admission(admitted, model.allocate_near(counts, nodes, num_nodes, capacity), capacity)
+    return pool
 
 
 def admit_both(pool: BlockPool, model: PoolModel, counts, hits, order, capacity: int, num_hits: int) -> BlockPool:
@@ -132,9 +139,7 @@ class PoolMachine(RuleBasedStateMachine):
     def allocate_near(self, counts, data) -> None:
         nodes = data.draw(st.lists(st.integers(-1, NODES[self.model.num_blocks]), min_size=ROWS, max_size=ROWS))
         num_nodes = NODES[self.model.num_blocks]
-        arrays = np.array(counts, np.int32), np.array(nodes, np.int32)
-        self.pool, admitted = _allocate_near(self.pool, *arrays, num_nodes=num_nodes)
-        same_admission(admitted, self.model.allocate_near(counts, nodes, num_nodes, CAPACITY), CAPACITY)
+        self.pool = near_both(self.pool, self.model, counts, nodes, num_nodes, CAPACITY)
 
     @rule(data=st.data())
     def free(self, data) -> None:
@@ -204,6 +209,7 @@ def test_long_queues_are_swept_and_scanned_window_by_window(seed):
         assert ok
         assert model.uncache(forgotten)
         same_state(pool, model)
+        near_both(pool, copy.deepcopy(model), counts, rng.integers(0, 4, rows).tolist(), 4, 256)
 
 
 def test_eviction_in_the_middle_of_a_sweep():
@@ -217,7 +223,6 @@ def test_eviction_in_the_middle_of_a_sweep():
     pool, _ = pool.free(everything)
     assert model.mark_cached(everything)
     assert model.free(everything)
-    on_node = {"strategy": BlockAllocationStrategy.NUMA_AWARE, "node": 1, "num_nodes": 2}
     mid_sweep = 0
     for _ in range(8):
         ids = rng.choice(num_blocks, 32, replace=False).tolist()
@@ -228,9 +233,8 @@ def test_eviction_in_the_middle_of_a_sweep():
         at = Counters.of(pool.counters)
         mid_sweep += bool(at.compacted > 0 and at.gap > 0 and at.unswept > 0)
         emptied, emptied_model = pool, copy.deepcopy(model)
-        near, expected = allocate_blocks(pool, [275], capacity=275, **on_node), copy.deepcopy(model)
-        same_admission(near[1], expected.allocate_near([275], [1], 2, 275), 275)
-        same_state(near[0], expected)
+        expected = copy.deepcopy(model)
+        same_state(near_both(pool, expected, [275], [1], 2, 275), expected)
         for count in (50, 275, 275):
             emptied, admitted = emptied.allocate([count], capacity=275)
             expected, _, _ = emptied_model.admit([count], [[]], [0], 275)
