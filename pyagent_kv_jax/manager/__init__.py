@@ -7,6 +7,7 @@ from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager, create_kv_ca
 from pyagent_kv_jax.manager.manager_stats import ManagerStats
 from pyagent_kv_jax.manager.memory_pressure import MemoryPressure
 from pyagent_kv_jax.manager.options import ManagerOptions, PreemptionCost
+from pyagent_kv_jax.manager.predictive_block_allocator import PredictiveBlockAllocator
 from pyagent_kv_jax.manager.prefix_cache import PrefixHit
 from pyagent_kv_jax.manager.step_plan import StepPlan
 
@@ -25,6 +26,7 @@ __all__ = [
     "ManagerStats",
     "MemoryPressure",
     "MultimodalItem",
+    "PredictiveBlockAllocator",
     "PreemptionCost",
     "PrefixHit",
     "StepPlan",

@@ -45,7 +45,9 @@ class DecodeAhead:
     def serve(
         self, control: ControlPlane, rows: np.ndarray, counts: np.ndarray, num_rows: int
     ) -> AttentionMetadata | None:
-        """A decode step of ``rows`` i32[n], ``counts`` 0 or 1 each, padded to ``num_rows``; None: ask the control plane.
+        """A decode step of ``rows`` i32[n], ``counts`` 0 or 1 each, padded to ``num_rows``.
+
+        None: that takes the control plane.
 
         Changes nothing until ``take``.
         """
@@ -76,7 +78,6 @@ class DecodeAhead:
         self.hits += int(begun.sum()) * self._num_groups
         self.used[rows] += counts.astype(np.int32)
         self._gained[rows] += counts
-        self._end(freed_rows)
         self.freed_rows += freed_rows
 
     def _tables_of(self, control: ControlPlane, rows: np.ndarray, num_rows: int) -> np.ndarray:
@@ -96,24 +97,22 @@ class DecodeAhead:
         room = self._config.max_request_tokens - lengths
         return np.where(counts > 0, np.clip(remaining, 0, np.maximum(room, 0)), 0).astype(np.int64)
 
-    def told(self, rows: np.ndarray, counts: np.ndarray, ok: np.ndarray, freed_rows: list[int], reserves: bool) -> None:
+    def told(self, rows: np.ndarray, counts: np.ndarray, ok: np.ndarray, reserves: bool) -> None:
         """The control plane was asked.
 
         Args:
             rows: i32[n], of its step.
             counts: i64[n], decode tokens they gained.
             ok: bool[n].
-            freed_rows: whose requests are gone.
             reserves: whether it was asked to reserve blocks.
         """
-        self._end(freed_rows)
         self._gained[rows] += np.where(ok, counts, 0)
         if reserves:
             self.reserving[rows[ok]] = True
 
     def settled(self) -> None:
         """The control plane was told of all that had been put off."""
-        self.used[:] = 0
+        self.used = np.zeros_like(self.used)  # a new one: the call may still be reading the old
         self.freed_rows = []
         self._tables = None
 
@@ -122,13 +121,19 @@ class DecodeAhead:
         self.reserving[row] = False
         self._gained[row] = 0
 
+    def end(self, row: int) -> None:
+        """The request of ``row`` has ended."""
+        if self._gained[row]:
+            self._predictor.learn(int(self._gained[row]))
+        self.start(row)
+
     def hand_over(self, row: int) -> None:
         """What ``row`` has in reserve belongs to somebody else now."""
         self.reserving[row] = False
 
     def given_back(self) -> None:
         """Nothing is in reserve any more."""
-        self.reserving[:] = False
+        self.reserving = np.zeros_like(self.reserving)  # a new one, as above
         self._tables = None
 
     def remember(self, rows: np.ndarray, tables: np.ndarray) -> None:
@@ -139,12 +144,6 @@ class DecodeAhead:
         """Count the blocks that decode ``rows`` lack to hold ``lengths`` i64[n]."""
         lacking = -(-lengths // self._config.block_size) - control.columns()[rows]
         self.misses += int(np.maximum(lacking, 0).sum()) * self._num_groups
-
-    def _end(self, freed_rows: list[int]) -> None:
-        for row in freed_rows:
-            if self._gained[row]:
-                self._predictor.learn(int(self._gained[row]))
-            self.start(row)
 
     # -- what could be given back ------------------------------------------------------------------------------
 

@@ -142,6 +142,9 @@ class ManagerParts:
             num_swapped_out=self.counts.swapped_out,
             num_swapped_in=self.counts.swapped_in,
             num_recomputed=self.counts.recomputed,
+            num_reserved_blocks=int(self.ahead.reserved(self._control).sum()) * len(config.groups),
+            num_prediction_hits=self.ahead.hits,
+            num_prediction_misses=self.ahead.misses,
             padding_bytes=int(sum(n * config.padding_bytes(g) for g, n in enumerate(num_held))),
             empty_slot_share=float(1 - tokens / columns) if columns else 0.0,
         )

@@ -88,7 +88,7 @@ class ManagerState(ManagerParts):
             counts, cached = np.where(ok, counts, 0), np.where(ok, cached, 0)
         self._take_in(batch.ids, rows, starts, done)
         if self.ahead.horizon:
-            self.ahead.told(rows, counts * (batch.num_tokens is None), ok, freed_rows, reserves=ahead is not None)
+            self.ahead.told(rows, counts * (batch.num_tokens is None), ok, reserves=ahead is not None)
             if ok.all() and counts.all():
                 self.ahead.remember(rows, np.asarray(meta.block_tables))
         if expects_drafts:
@@ -319,6 +319,7 @@ class ManagerState(ManagerParts):
                 row = self.rows.row_of(request_id)
                 self.tokens.take(row)
                 self._expected[row] = self._drafts[row] = 0
+                self.ahead.end(row)
             elif request_id in self.swap.requests:
                 self.swap.drop(request_id)
             self.waiting.pop(request_id, None)

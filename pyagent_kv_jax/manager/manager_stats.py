@@ -28,6 +28,9 @@ class ManagerStats:
         num_swapped_out: requests, so far.
         num_swapped_in: requests, so far.
         num_recomputed: requests preempted to be computed again, so far.
+        num_reserved_blocks: free blocks that stand ready for the next decode steps.
+        num_prediction_hits: blocks that decode steps needed and had been reserved, so far.
+        num_prediction_misses: blocks that decode steps needed and had not been, so far; 0 where nothing is predicted.
         padding_bytes: memory in the blocks held that belongs to no layer, where groups are of different sizes.
         empty_slot_share: slots of held blocks without a token yet, by all slots of held blocks; 0.0 if none are held.
     """
@@ -50,6 +53,9 @@ class ManagerStats:
     num_swapped_out: int
     num_swapped_in: int
     num_recomputed: int
+    num_reserved_blocks: int
+    num_prediction_hits: int
+    num_prediction_misses: int
     padding_bytes: int
     empty_slot_share: float
 

@@ -23,6 +23,7 @@ BLOCK, BLOCKS, HOST_BLOCKS, ROWS, LONGEST, WINDOW = 4, 22, 12, 5, 40, 6
 ONE_GROUP: tuple[LayerGroup, ...] = ()
 TWO_GROUPS = (LayerGroup((0,), sliding_window=WINDOW), LayerGroup((1,)))
 CHUNKED = (LayerGroup((0,)), LayerGroup((1,), chunk_size=2 * BLOCK))
+LAYOUTS = [(ONE_GROUP, 0), (ONE_GROUP, 7), (TWO_GROUPS, 3), (CHUNKED, 0)]  # groups, decode steps to reserve for
 NAMES = [f"r{i}" for i in range(8)]
 PREFIXES = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [1, 2, 3, 4, 5, 6, 7, 8], [7, 7, 7, 7, 7], [3]]
 LONG = os.environ.get("PYAGENT_KV_LONG_TESTS") == "1"
@@ -58,11 +59,12 @@ class Known:
 
 class ManagerMachine(RuleBasedStateMachine):
     @initialize(
-        groups=st.sampled_from([ONE_GROUP, TWO_GROUPS, CHUNKED]),
+        layout=st.sampled_from(LAYOUTS),
         algorithm=st.sampled_from(["sha256", weak_hash]),
         zero=st.booleans(),
     )
-    def start(self, groups: tuple[LayerGroup, ...], algorithm: object, zero: bool) -> None:
+    def start(self, layout: tuple[tuple[LayerGroup, ...], int], algorithm: object, zero: bool) -> None:
+        groups, horizon = layout
         config = KVCacheConfig(
             num_layers=2,
             num_heads=1,
@@ -73,7 +75,9 @@ class ManagerMachine(RuleBasedStateMachine):
             max_model_len=LONGEST,
             layer_groups=groups,
         )
-        options = ManagerOptions(num_host_blocks=HOST_BLOCKS, hash_algorithm=algorithm, zero_on_free=zero)
+        options = ManagerOptions(
+            num_host_blocks=HOST_BLOCKS, hash_algorithm=algorithm, zero_on_free=zero, prediction_horizon=horizon
+        )
         self.groups, self.manager = config.groups, KVCacheManager(config, options)
         assert self.manager.pages is not None
         self.requests: dict[str, Known] = {}
@@ -139,6 +143,33 @@ class ManagerMachine(RuleBasedStateMachine):
                     self.manager.commit(name, drafts)  # they were its tokens all along
                 known.reserved = None
 
+    @rule(data=st.data(), steps=st.integers(1, 8))
+    def decode(self, data: st.DataObject, steps: int) -> None:
+        """Decode steps one after another with nothing looked at in between; now and then somebody leaves."""
+        for _ in range(steps):
+            ready = [n for n in self.at("device") if 0 < self.requests[n].computed < LONGEST]
+            ready = [n for n in ready if self.requests[n].reserved is None]
+            free = [n for n in ready if data.draw(st.integers(0, 11)) == 0]
+            for name in free:
+                del self.requests[name]
+            ids = [n for n in ready if n not in free and data.draw(st.integers(0, 7))]
+            for name in ids:
+                known = self.requests[name]
+                if known.computed == len(known.tokens):
+                    known.tokens.append(data.draw(st.integers(0, 2)))
+                    self.manager.record_tokens([name], [known.tokens[-1]])
+            counts = [int(data.draw(st.integers(0, 9)) > 0) for _ in ids]
+            plan = self.manager.step(ids, counts, free=free, num_rows=ROWS)
+            free_blocks = self.manager.get_num_free_blocks()
+            for i, name in enumerate(ids):
+                known = self.requests[name]
+                if plan.ok[i]:
+                    assert plan.num_tokens[i] == counts[i]
+                    self.write(plan.metadata, i, known.tokens, known.computed, counts[i])
+                    known.computed += counts[i]
+                else:
+                    assert free_blocks < len(self.groups)  # one block a group is all it can have wanted
+
     def record_the_missing(self, name: str, known: Known) -> None:
         """A request that came back from the host may have chosen a token there."""
         row = self.manager._state.rows.row_of(name)
@@ -148,8 +179,10 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def write(self, meta: object, row: int, tokens: list[int], first: int, count: int) -> None:
         """What the model would do: K and V of the new tokens go to their slots, in every layer."""
-        start = int(meta.query_start_loc[row])
-        assert int(meta.query_start_loc[row + 1]) - start == count
+        start = row
+        if meta.query_start_loc is not None:
+            start = int(meta.query_start_loc[row])
+            assert int(meta.query_start_loc[row + 1]) - start == count
         if not count:
             return
         assert meta.positions[start : start + count].tolist() == list(range(first, first + count))
@@ -157,6 +190,7 @@ class ManagerMachine(RuleBasedStateMachine):
         for layer in range(2):
             values = jnp.array(content(tokens, layer)[first : first + count])[:, None, None]
             slots = meta.slot_mapping if meta.slot_mapping.ndim == 1 else meta.slot_mapping[self.group_of(layer)]
+            assert int(meta.kv_lens[row]) == first + count
             own = np.full(64, -1, np.int32)
             own[:count] = slots[start : start + count]
             assert (own[:count] >= 0).all()

@@ -1,0 +1,136 @@
+"""A pool on the host's XLA CPU device, for objects that hand out blocks call by call."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from pyagent_kv_jax.config import BlockAllocationStrategy, DeviceType
+from pyagent_kv_jax.errors import DoubleFreeError, InvalidArgumentError, InvalidBlockError, OutOfBlocksError
+from pyagent_kv_jax.pool.allocation_strategy import allocate_blocks, require_allocated, require_nodes
+from pyagent_kv_jax.pool.block_pool import BlockPool
+from pyagent_kv_jax.pool.queues import Counters
+from pyagent_kv_jax.tables.padding import padded, power_of_two
+
+_FEWEST = 16  # blocks; shorter lists are padded to as many, so that few programs are compiled
+
+
+class HostPool:
+    """Owns a ``BlockPool`` and donates it to each call. Not thread-safe: a lock is above it.
+
+    Whatever raises does so before anything changes.
+    """
+
+    def __init__(self, num_blocks: int, num_nodes: int = 1) -> None:
+        """All blocks free, spread over ``num_nodes`` nodes in equal ranges of ids.
+
+        Raises:
+            ConfigError: not a count of blocks, or nodes that do not divide it.
+            DeviceUnavailableError: JAX's CPU backend is hidden.
+        """
+        host = DeviceType.CPU.devices()[0]
+        with jax.default_device(host):
+            pool = BlockPool.create(num_blocks)
+        require_nodes(num_blocks, num_nodes)
+        self._num_nodes = num_nodes
+        # Committed, so that the numpy arguments of every call follow it.
+        self._pool: BlockPool = jax.device_put(pool, host)
+
+    @property
+    def num_blocks(self) -> int:
+        """N."""
+        return self._pool.num_blocks
+
+    @property
+    def num_free(self) -> int:
+        """Free blocks."""
+        return int(Counters(*np.asarray(self._pool.counters)).num_free)
+
+    def ref_counts(self) -> np.ndarray:
+        """References of every block, i32[N]; valid until the next call."""
+        return np.asarray(self._pool.ref_counts)
+
+    def allocate(
+        self,
+        count: int,
+        strategy: BlockAllocationStrategy = BlockAllocationStrategy.SCATTERED,
+        node: int | None = None,
+    ) -> np.ndarray:
+        """``count`` blocks, i32[count], each with one reference.
+
+        Raises:
+            OutOfBlocksError: fewer are free, or no run is as long.
+            InvalidArgumentError: a negative count, or a strategy or node that the pool cannot serve.
+        """
+        if count < 0:
+            raise InvalidArgumentError(f"count: got {count}, want 0 or more")
+        if strategy != BlockAllocationStrategy.SCATTERED or node is not None:
+            return self._allocate_by(strategy, node, count)
+        if count > self.num_free:
+            raise OutOfBlocksError(f"got a request for {count} blocks, want at most the {self.num_free} free")
+        if not count:
+            return np.zeros(0, np.int32)
+        self._pool, ids = _allocate(self._pool, np.array([count], np.int32), capacity=_padded_size(count))
+        return np.asarray(ids)[:count].copy()
+
+    def _allocate_by(self, strategy: BlockAllocationStrategy, node: int | None, count: int) -> np.ndarray:
+        counts = np.array([count], np.int32)
+        how: dict[str, Any] = {"strategy": strategy, "node": node, "num_nodes": self._num_nodes}
+        pool, admission = allocate_blocks(self._pool, counts, capacity=_padded_size(count), **how)
+        require_allocated(pool, counts, admission, strategy)
+        self._pool = pool
+        return np.asarray(admission.ids)[:count].copy()
+
+    def take(self, ids: np.ndarray) -> None:
+        """One more reference to each of these very blocks i32[n], free or in use.
+
+        Raises:
+            InvalidBlockError: an id outside the pool.
+        """
+        self.check_inside(ids)
+        if len(ids):
+            self._pool = _take(self._pool, padded(ids, _padded_size(len(ids))))
+
+    def free(self, ids: np.ndarray) -> None:
+        """Drop one reference to each block i32[n], in their order.
+
+        Raises:
+            InvalidBlockError: an id outside the pool.
+            DoubleFreeError: fewer references than are dropped.
+        """
+        self.check_inside(ids)
+        named, times = np.unique(ids, return_counts=True)
+        lacking = named[self.ref_counts()[named] < times] if len(named) else named
+        if len(lacking):
+            raise DoubleFreeError(f"blocks: got {lacking[:20].tolist()}, want blocks with that many references")
+        if len(ids):
+            self._pool = _free(self._pool, padded(ids, _padded_size(len(ids))))
+
+    def check_inside(self, ids: np.ndarray) -> None:
+        """Raise ``InvalidBlockError`` where an id i32[n] is outside the pool."""
+        outside = ids[(ids < 0) | (ids >= self.num_blocks)]
+        if len(outside):
+            raise InvalidBlockError(f"blocks: got {outside[:20].tolist()}, want 0 to {self.num_blocks - 1}")
+
+
+def _padded_size(count: int) -> int:
+    return max(power_of_two(count), _FEWEST)
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames="capacity")
+def _allocate(pool: BlockPool, counts: jax.Array, *, capacity: int) -> tuple[BlockPool, jax.Array]:
+    pool, admission = pool.allocate(counts, capacity=capacity)
+    return pool, admission.ids
+
+
+@partial(jax.jit, donate_argnums=0)
+def _take(pool: BlockPool, ids: jax.Array) -> BlockPool:
+    return pool.take(ids)[0]
+
+
+@partial(jax.jit, donate_argnums=0)
+def _free(pool: BlockPool, ids: jax.Array) -> BlockPool:
+    return pool.free(ids)[0]
