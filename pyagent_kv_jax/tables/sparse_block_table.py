@@ -16,6 +16,7 @@ from pyagent_kv_jax.config import BlockTableConfig
 from pyagent_kv_jax.errors import ConfigError, KVCacheError, TableFullError, is_concrete, require
 from pyagent_kv_jax.tables.block_table import BlockTable
 from pyagent_kv_jax.tables.in_place import after, erase_rows
+from pyagent_kv_jax.tables.padding import padded
 from pyagent_kv_jax.tables.row_methods import RowMethods
 from pyagent_kv_jax.tables.table_storage import Entries
 
@@ -95,24 +96,15 @@ class SparseBlockTable(RowMethods):
             TableFullError: the rows do not fit.
         """
         empty = cls.create(table.config, num_blocks, fan_out)
-        held = table.blocks.ravel() >= 0
-        size = min(held.shape[0], empty.nodes.size)
-        place = jnp.nonzero(held, size=size, fill_value=held.shape[0])[0].astype(jnp.int32)
-        rows, columns = place // table.width, place % table.width
-        ids, padding = table.blocks.ravel().at[place].get(mode="fill", fill_value=-1), place == held.shape[0]
-        fits = (jnp.sum(held) <= size)[None]
-        new, ok = empty.write_blocks(Entries(rows, columns, ids, padding.astype(jnp.int32)), fits)
+        new, ok = _filled(empty, table)
         if is_concrete(ok) and not ok:
-            at = np.nonzero(np.asarray(table.blocks) >= 0)
-            raise empty.no_room_error(*at)
+            raise empty.no_room_error(*np.nonzero(np.asarray(table.blocks) >= 0))
         require(ok, TableFullError, "from_dense: want fewer blocks, or more room")
-        return dataclasses.replace(
-            new, num_blocks=jnp.where(ok, table.num_blocks, 0), num_tokens=jnp.where(ok, table.num_tokens, 0)
-        )
+        return new
 
     def to_block_table(self) -> BlockTable:
         """The same rows, dense."""
-        blocks = self.dense_rows(None, self.width)
+        blocks = _all_rows(self)
         return BlockTable(blocks=blocks, num_blocks=self.num_blocks, num_tokens=self.num_tokens, config=self.config)
 
     @property
@@ -198,9 +190,7 @@ class SparseBlockTable(RowMethods):
 
     def no_room_error(self, rows: np.ndarray, columns: np.ndarray) -> KVCacheError:
         """See ``TableStorage``."""
-        row, column = jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32)
-        path = jnp.stack(self._path(row, self._digits(column)))
-        wanted = int(jnp.sum(self._is_first(jnp.zeros_like(row), row, column) & (path < 0)))
+        wanted = int(_nodes_wanted(self, padded(rows), padded(columns)))
         return TableFullError(
             f"got {len(rows)} blocks that need {wanted} more nodes, want at most the {self.num_free_nodes} free of the"
             f" table's {self.num_nodes}"
@@ -239,6 +229,36 @@ class SparseBlockTable(RowMethods):
         nodes = erase_rows(self.nodes, given, count, _NODES_ERASED_TOGETHER)
         free_nodes, num_free_nodes = after(self.free_nodes, node), self.num_free_nodes - count
         return dataclasses.replace(self, nodes=nodes, free_nodes=free_nodes, num_free_nodes=num_free_nodes), given
+
+
+@jax.jit
+def _filled(empty: SparseBlockTable, table: BlockTable) -> tuple[SparseBlockTable, jax.Array]:
+    """``empty`` with all that is in ``table``, and ok bool[]; still empty if it does not fit."""
+    blocks = table.blocks.ravel()
+    held, total = blocks >= 0, blocks.shape[0]
+    size = min(total, empty.nodes.size)
+    place = jnp.nonzero(held, size=size, fill_value=total)[0].astype(jnp.int32)
+    entries = Entries(
+        rows=place // table.width,
+        columns=place % table.width,
+        block_ids=blocks.at[place].get(mode="fill", fill_value=-1),
+        groups=(place == total).astype(jnp.int32),
+    )
+    new, ok = empty.write_blocks(entries, (jnp.sum(held) <= size)[None])
+    num_blocks, num_tokens = (jnp.where(ok[0], x, 0) for x in (table.num_blocks, table.num_tokens))
+    return dataclasses.replace(new, num_blocks=num_blocks, num_tokens=num_tokens), ok[0]
+
+
+@jax.jit
+def _all_rows(table: SparseBlockTable) -> jax.Array:
+    return table.dense_rows(None, table.width)
+
+
+@jax.jit
+def _nodes_wanted(table: SparseBlockTable, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """i32[]: nodes that blocks in these columns, sorted, would take; row -1 is padding."""
+    path = jnp.stack(table._path(rows, table._digits(columns)))
+    return jnp.sum(table._is_first(rows, rows, columns) & (path < 0) & (rows >= 0), dtype=jnp.int32)
 
 
 def nodes_for(config: BlockTableConfig, num_blocks: int, fan_out: int) -> int:

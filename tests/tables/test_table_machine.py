@@ -1,22 +1,25 @@
-"""The table against its plain-Python model, one row at a time and in batches, right and wrong."""
+"""Every form of table against a plain-Python model, one row at a time and in batches, right and wrong."""
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from itertools import chain
 
+import chex
 import jax
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pyagent_kv_jax import tables
 from pyagent_kv_jax.config import BlockTableConfig
-from pyagent_kv_jax.errors import InvalidArgumentError, KVCacheError
-from pyagent_kv_jax.tables import BlockTable
-from tests.tables.table_model import TableModel
+from pyagent_kv_jax.errors import InvalidArgumentError, TableFullError
+from pyagent_kv_jax.tables import BlockTable, SparseBlockTable
+from tests.tables.sparse_checks import check_nodes
+from tests.tables.table_model import Refusal, TableModel
 
 ROWS, WIDTH, BLOCK, FLAT = 4, 5, 4, 12  # static shapes: every operation compiles once
 
@@ -24,12 +27,13 @@ _append_rows = jax.jit(tables.append_rows)
 _clear_rows = jax.jit(tables.clear_rows)
 _reorder_rows = jax.jit(tables.reorder_rows)
 _release_rows = jax.jit(tables.release_rows, static_argnums=2)
-_slots_of = jax.jit(tables.slots_of)
+_set_blocks = jax.jit(tables.set_blocks)
 _step_slots = jax.jit(tables.step_slots, static_argnums=3)
 
 a_row = st.integers(0, ROWS - 1)
 any_row = st.one_of(a_row, a_row, a_row, st.integers(-2, ROWS + 1))
 block_ids = st.lists(st.one_of(st.integers(0, 50), st.integers(0, 50), st.integers(-2, 50)), max_size=4)
+any_column = st.one_of(st.integers(0, WIDTH - 1), st.integers(0, WIDTH - 1), st.integers(-1, WIDTH))
 token_counts = st.one_of(st.integers(0, 6), st.integers(-2, 25))
 
 
@@ -37,43 +41,100 @@ def i32(values) -> np.ndarray:
     return np.array(values, np.int32)
 
 
+HYBRID = BlockTableConfig(BLOCK, ROWS, WIDTH, kernel_block_size=2)  # 2 kernel blocks each
+FAN_OUT, ALL_NODES = 2, 24  # three levels, and 6 nodes of a full row
+
+
+@jax.jit
+def observe(table, rows, positions):
+    """All that can be read, in one program."""
+    slots = tables.slots_of(table, rows, positions)
+    named = i32([2, -1, 0, ROWS, 3, 1])
+    return slots, table.to_dense_rows(named, 7), table.kernel_block_tables(named, 4), table.kernel_block_tables()
+
+
 class TableMachine(RuleBasedStateMachine):
+    """Dense; the other forms are below."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.table = BlockTable.create(BlockTableConfig(BLOCK, ROWS, WIDTH))
+        self.table = BlockTable.create(HYBRID)
         self.model = TableModel(ROWS, WIDTH, BLOCK)
 
-    def attempt(self, right: bool, call) -> bool:
-        """Call where it is right; where it is not, see it raise and leave the table alone."""
-        if right:
+    def attempt(self, error: Refusal, call) -> bool:
+        """Call where it is right; where it is not, see it raise this error and leave the table alone."""
+        if error is None:
             self.table = call()
             return True
-        with pytest.raises(KVCacheError, match="want"):
+        with pytest.raises(error, match="want"):
             call()
         return False
 
+    def wrong_row(self, *rows: int) -> Refusal:
+        return None if all(map(self.model.has_row, rows)) else InvalidArgumentError
+
     @rule(row=any_row, ids=block_ids, tokens=token_counts)
     def append_row(self, row, ids, tokens) -> None:
-        right = 0 <= row < ROWS and self.model.can_append(row, ids, tokens)
-        if self.attempt(right, lambda: self.table.append_row(row, ids, tokens)):
+        wrong = self.model.why_not_append(row, ids, tokens)
+        if self.attempt(wrong, lambda: self.table.append_row(row, ids, tokens)):
             self.model.append(row, ids, tokens)
+
+    @rule(row=any_row, column=any_column, block=st.integers(-1, 50))
+    def set_block(self, row, column, block) -> None:
+        if self.attempt(
+            self.model.why_not_set([(row, column, block)]), lambda: self.table.set_block(row, column, block)
+        ):
+            self.model.set(row, column, block)
+
+    @rule(entries=st.lists(st.tuples(any_row, any_column, st.integers(-1, 50)), max_size=4), own=st.booleans())
+    def set_blocks(self, entries, own) -> None:
+        """Also of a right place: a list drawn at random is mostly wrong."""
+        if own:
+            entries = [(row % ROWS, column % WIDTH, abs(block)) for row, column, block in entries]
+            entries = list({entry[:2]: entry for entry in entries}.values())
+        padded = [*entries, *[(-1, 9, -1)] * (4 - len(entries))]
+        new, ok = _set_blocks(self.table, *(i32(x) for x in zip(*padded, strict=True)))
+        entries = [entry for entry in entries if entry[0] != -1]
+        wrong = self.model.why_not_set(entries)
+        assert ok == (wrong is None)
+        if not self.attempt(wrong, lambda: self.table.set_blocks(*zip(*padded, strict=True))[0]):
+            self.table = new  # as it was
+            return
+        for row, column, block in entries:
+            self.model.set(row, column, block)
+
+    @rule(row=any_row, position=st.integers(-1, WIDTH * BLOCK + 1))
+    def read_one(self, row, position) -> None:
+        right = self.model.has_row(row) and position >= 0
+        for read, expected in ((self.table.get_block, self.model.block), (self.table.get_slot, self.model.slot)):
+            if right:
+                assert read(row, position) == expected(row, position)
+            else:
+                with pytest.raises(InvalidArgumentError, match="want"):
+                    read(row, position)
+        if right:
+            assert self.table.to_dense(row, 3).tolist() == self.model.dense([row], 3)[0].tolist()
+        rows, positions = [row, 0, 1, -1], [position, 1, -1, 0]
+        for read, expected in ((self.table.get_blocks, self.model.block), (self.table.get_slots, self.model.slot)):
+            assert read(rows, positions).tolist() == [expected(r, p) for r, p in zip(rows, positions, strict=True)]
 
     @rule(row=any_row)
     def clear_row(self, row) -> None:
-        if self.attempt(0 <= row < ROWS, lambda: self.table.clear_row(row)):
+        if self.attempt(self.wrong_row(row), lambda: self.table.clear_row(row)):
             self.model.clear(row)
 
     @rule(src=any_row, dst=any_row)
     def move_row(self, src, dst) -> None:
-        inside = 0 <= src < ROWS and 0 <= dst < ROWS
-        right = inside and (src == dst or not self.model.blocks[dst])
-        if self.attempt(right, lambda: self.table.move_row(src, dst)) and src != dst:
+        wrong = self.wrong_row(src, dst)
+        if not wrong and src != dst and self.model.blocks[dst]:
+            wrong = InvalidArgumentError
+        if self.attempt(wrong, lambda: self.table.move_row(src, dst)) and src != dst:
             self.model.reorder([dst], [src])
             self.model.clear(src)
 
     @rule(a=any_row, b=any_row)
     def swap_rows(self, a, b) -> None:
-        if self.attempt(0 <= a < ROWS and 0 <= b < ROWS, lambda: self.table.swap_rows(a, b)):
+        if self.attempt(self.wrong_row(a, b), lambda: self.table.swap_rows(a, b)):
             self.model.reorder([a, b], [b, a])
 
     @rule(data=st.data())
@@ -89,13 +150,19 @@ class TableMachine(RuleBasedStateMachine):
             self.table, i32(flat + [-1] * (FLAT - len(flat))), offsets, i32(tokens), None if rows is None else i32(rows)
         )
         named = list(range(ROWS)) if rows is None else rows
+        free_nodes = self.model.num_free_nodes()
         for b, row in enumerate(named):
             if row == -1:
                 assert ok[b] == (not ids[b] and tokens[b] == 0)
-            elif 0 <= row < ROWS and named.count(row) == 1:
-                assert ok[b] == self.model.append(row, ids[b], tokens[b])
-            else:
-                assert not ok[b]
+                continue
+            wrong = InvalidArgumentError
+            if named.count(row) == 1:
+                wrong = self.model.why_not_append(row, ids[b], tokens[b], free_nodes)
+            assert ok[b] == (wrong is None)
+            if wrong in (None, TableFullError):  # what is refused for want of nodes stands in the way of later rows
+                free_nodes -= self.model.lacking(row, self.model.new_columns(row, ids[b]))
+            if wrong is None:
+                self.model.append(row, ids[b], tokens[b])
 
     @rule(mask=st.lists(st.booleans(), min_size=ROWS, max_size=ROWS))
     def clear_rows(self, mask) -> None:
@@ -155,41 +222,65 @@ class TableMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        assert np.array_equal(self.table.blocks, self.model.dense())
         assert self.table.num_blocks.tolist() == list(map(len, self.model.blocks))
         assert self.table.num_tokens.tolist() == self.model.tokens
-        rows, positions = np.meshgrid(np.arange(-1, ROWS + 1), np.arange(-1, WIDTH * BLOCK + 2))
-        slots = _slots_of(self.table, i32(rows.ravel()), i32(positions.ravel()))
-        expected = [self.model.slot(r, p) for r, p in zip(rows.ravel(), positions.ravel(), strict=True)]
-        assert slots.tolist() == expected
+        rows, positions = (x.ravel() for x in np.meshgrid(np.arange(-1, ROWS + 1), np.arange(-1, WIDTH * BLOCK + 2)))
+        slots, dense, kernel, all_kernel = observe(self.table, i32(rows), i32(positions))
+        assert slots.tolist() == [self.model.slot(r, p) for r, p in zip(rows, positions, strict=True)]
+        named = [2, -1, 0, ROWS, 3, 1]
+        assert np.array_equal(dense, self.model.dense(named, 7))
+        assert np.array_equal(kernel, self.model.kernel_blocks(named, 4, 2))
+        assert np.array_equal(all_kernel, self.model.kernel_blocks(list(range(ROWS)), WIDTH, 2))
+        self.check_storage()
+
+    def check_storage(self) -> None:
+        assert np.array_equal(self.table.blocks, self.model.dense())
+
+
+class SparseTableMachine(TableMachine):
+    """With room for everything, or so little that much is refused: a stack from which nodes have been taken away."""
+
+    @initialize(num_nodes=st.sampled_from([ALL_NODES, ALL_NODES, 13, 7]))
+    def make(self, num_nodes) -> None:
+        table = SparseBlockTable.create(HYBRID, ROWS * WIDTH, FAN_OUT)
+        assert table.num_nodes == ALL_NODES
+        self.table = dataclasses.replace(table, num_free_nodes=np.int32(num_nodes))
+        self.model = TableModel(ROWS, WIDTH, BLOCK, FAN_OUT, num_nodes)
+
+    def check_storage(self) -> None:
+        check_nodes(self.table, self.model)
 
 
 TestTableMachine = TableMachine.TestCase
 TestTableMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestSparseTableMachine = SparseTableMachine.TestCase
+TestSparseTableMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 20])
 def test_clearing_any_number_of_rows(num_rows):
     """More rows than are cleared together, and fewer."""
     rng = np.random.default_rng(num_rows)
-    table = BlockTable.create(BlockTableConfig(BLOCK, num_rows, WIDTH))
-    for row in range(num_rows):
-        table = table.append_row(row, rng.integers(0, 99, row % WIDTH + 1), 1)
+    blocks, tokens = rng.integers(0, 99, (num_rows, WIDTH)), rng.integers(1, WIDTH * BLOCK, num_rows)
+    table = BlockTable(blocks=i32(blocks), num_blocks=i32([WIDTH] * num_rows), num_tokens=i32(tokens), config=HYBRID)
     for wanted in {0, 1, num_rows // 2, num_rows}:
         mask = np.zeros(num_rows, bool)
         mask[rng.permutation(num_rows)[:wanted]] = True
         cleared = _clear_rows(table, mask)
-        assert np.array_equal(cleared.blocks, np.where(mask[:, None], -1, table.blocks))
-        assert np.array_equal(cleared.num_tokens, np.where(mask, 0, table.num_tokens))
+        assert np.array_equal(cleared.blocks, np.where(mask[:, None], -1, blocks))
+        assert np.array_equal(cleared.num_tokens, np.where(mask, 0, tokens))
 
 
+FORMS = [BlockTable.create, partial(SparseBlockTable.create, num_blocks=ROWS * WIDTH, fan_out=FAN_OUT)]
+
+
+@pytest.mark.parametrize("create", FORMS, ids=["dense", "sparse"])
 @pytest.mark.parametrize("offsets", [[1, 1, 2, 3, 4], [0, 2, 1, 3, 4], [0, 1, 2, 3, FLAT + 1], [0, -1, 0, 1, 1]])
-def test_offsets_that_are_none_append_nothing(offsets):
-    table = BlockTable.create(BlockTableConfig(BLOCK, ROWS, WIDTH)).append_row(1, [7], 2)
+def test_offsets_that_are_none_append_nothing(offsets, create):
+    table = create(HYBRID).append_row(1, [7], 2)
     after, ok = _append_rows(table, np.arange(FLAT, dtype=np.int32), i32(offsets), i32([0] * ROWS), None)
     assert not ok.any()
-    assert np.array_equal(after.blocks, table.blocks)
-    assert np.array_equal(after.num_blocks, table.num_blocks)
+    chex.assert_trees_all_equal(after, table)
 
 
 @pytest.mark.parametrize("interleave", [1, 2, 4])
