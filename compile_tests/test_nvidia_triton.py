@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import pytest
 
 from compile_tests.nvidia import GPUS, compile_for, resources
-from pallas_kernels import merge_attention_states, paged_attention, paged_copy, paged_gather, paged_write
+from pallas_kernels import (
+    CompressedSlotMapping,
+    merge_attention_states,
+    paged_attention,
+    paged_copy,
+    paged_gather,
+    paged_write,
+)
 from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
 
 TRITON: dict[str, Any] = {"implementation": "triton"}
@@ -163,14 +170,15 @@ def test_write_is_in_place(name: str, kv_format: str, gpu: str, tmp_path: Path) 
             k_pages, v_pages, k, v, slots, k_scale=scales[0], v_scale=scales[1], kv_dtype=kv_dtype, **TRITON
         )
 
-    for mapping in (array((4096,), jnp.int32), array((64, 3), jnp.int32)):
+    words = CompressedSlotMapping(array((512,), jnp.int32), BLOCK_SIZE)
+    for form, mapping in enumerate((array((4096,), jnp.int32), array((64, 3), jnp.int32), words)):
         compiled = compile_for(
-            gpu, write, pages, pages, token, token, mapping, scales, donate=(0, 1), dump=tmp_path / str(mapping.ndim)
+            gpu, write, pages, pages, token, token, mapping, scales, donate=(0, 1), dump=tmp_path / str(form)
         )
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes == num_bytes(pages, pages)
         assert memory.temp_size_in_bytes < 1 << 20
-    assert not any(kernel.spilled_bytes for kernel in resources(tmp_path / "1", gpu))
+    assert not any(kernel.spilled_bytes for kernel in resources(tmp_path / "0", gpu))
 
 
 @pytest.mark.parametrize("gpu", list(GPUS))

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import pytest
 
 from compile_tests.tpu import TPUS, compile_for
-from pallas_kernels import merge_attention_states, paged_attention, paged_copy, paged_gather, paged_write
+from pallas_kernels import (
+    CompressedSlotMapping,
+    merge_attention_states,
+    paged_attention,
+    paged_copy,
+    paged_gather,
+    paged_write,
+)
 from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
 
 MOSAIC: dict[str, Any] = {"implementation": "mosaic_tpu"}
@@ -163,15 +170,17 @@ def test_long_contexts(context: int, tpu: str) -> None:
 
 
 @pytest.mark.parametrize("tpu", TPUS)
-@pytest.mark.parametrize("mapping", [(TOKENS,), (SEQS, 3)], ids=["slots", "runs"])
-def test_write(mapping: tuple[int, ...], tpu: str) -> None:
+@pytest.mark.parametrize("kind", ["slots", "runs", "words"])
+def test_write(kind: str, tpu: str) -> None:
     shape = SHAPES["Llama-3-8B"]
     pools, kv = pool(shape), array((TOKENS, shape.kv_heads, shape.head_dim), jnp.float32)
+    words = CompressedSlotMapping(i32(2 * SEQS), pools[0].shape[2])
+    mapping = {"slots": i32(TOKENS), "runs": i32(SEQS, 3), "words": words}[kind]
 
     def write(pools: Any, kv: Any, slots: Any) -> Any:
         return paged_write(*pools, kv, kv, slots, **MOSAIC)
 
-    assert_in_place(compile_for(tpu, write, pools, kv, i32(*mapping), donate=(0,)), pools)
+    assert_in_place(compile_for(tpu, write, pools, kv, mapping, donate=(0,)), pools)
 
 
 @pytest.mark.parametrize("tpu", TPUS)

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import ArgumentError, merge_attention_states, paged_attention, paged_copy, paged_gather, paged_write
+from pallas_kernels import (
+    ArgumentError,
+    CompressedSlotMapping,
+    merge_attention_states,
+    paged_attention,
+    paged_copy,
+    paged_gather,
+    paged_write,
+)
 
 
 def _f(*shape: int, dtype: Any = np.float32) -> Any:
@@ -110,6 +118,9 @@ BAD_WRITE: list[tuple[dict[str, Any], str]] = [
     ({"slot_mapping": _i(5, 2)}, r"slot_mapping: got int32\[5, 2\], want int32\[5\] .* int32\[n, 3\]"),
     ({"slot_mapping": _i(5, dtype=np.int64)}, r"slot_mapping: got int64\[5\], want int32"),
     ({"slot_mapping": [0, 1, 2, 3, 4]}, r"slot_mapping: got \[0, 1, 2, 3, 4\] \(list\)"),
+    ({"slot_mapping": CompressedSlotMapping(_i(4), 16)}, r"slot_mapping.block_size: got 16 .* want 8, as k_pages"),
+    ({"slot_mapping": CompressedSlotMapping(_i(4, 3), 8)}, r"slot_mapping.words: got int32\[4, 3\], want int32\[n\]"),
+    ({"slot_mapping": CompressedSlotMapping(_f(4), 8)}, r"slot_mapping.words: got float32\[4\], want int32\[n\]"),
     ({"v_pages": _f(6, 2, 4, 16)}, r"v_pages: got float32\[6, 2, 4, 16\]"),
     ({"v_pages": _f(6, 2, 8, 16, dtype=np.float16)}, r"v_pages: got float16"),
     ({"k_pages": _f(2, 8, 16)}, r"k_pages: got float32\[2, 8, 16\]"),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import paged_attention, paged_copy, paged_gather, paged_write
+from pallas_kernels import CompressedSlotMapping, paged_attention, paged_copy, paged_gather, paged_write
 
 GIB = 2**30
 # What a program may hold beside the pool: a few tiles and the activations of a step.
@@ -48,6 +48,11 @@ def test_write(storage: str, kv_dtype: str | None, mapping: tuple[int, ...]) -> 
     write = partial(paged_write, kv_dtype=kv_dtype, k_scale=0.5, v_scale=0.5)
     memory = _memory(write, _pool(storage), _pool(storage), new, new, _i32(*mapping), donated=(0, 1))
     _assert_in_place(memory, 2)
+
+
+def test_write_of_words() -> None:
+    new, words = _f32(64, KV_HEADS, HEAD_DIM), CompressedSlotMapping(_i32(8), BLOCK_SIZE)
+    _assert_in_place(_memory(paged_write, _pool("float32"), _pool("float32"), new, new, words, donated=(0, 1)), 2)
 
 
 @pytest.mark.parametrize("storage", [storage for storage, _ in FORMATS])

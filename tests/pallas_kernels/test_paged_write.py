@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from pallas_kernels import checking, paged_write
+from pallas_kernels import CompressedSlotMapping, checking, paged_write
 from pallas_kernels.paged_write import reference
 from tests.pallas_kernels.implementations import IMPLEMENTATIONS
 from tests.pallas_kernels.stored_numbers import bits
@@ -58,9 +60,11 @@ def test_slots_and_runs_that_say_the_same_write_the_same(implementation: str) ->
         (np.array([[20, 0, 11]], np.int32), "slot_mapping"),
         (np.array([[0, 4, 8]], np.int32), "slot_mapping"),
         (np.array([[0, 0, 11], [12, 3, 4]], np.int32), "slot_mapping"),
+        (CompressedSlotMapping(np.array([0, 1, 2], np.int32), 4), "words of 12 tokens, want 11 at most"),
+        (CompressedSlotMapping(np.array([-2, 24], np.int32), 4), "slot_mapping: got ids"),
     ],
 )
-def test_checking_mode_reports(slot_mapping: np.ndarray, message: str) -> None:
+def test_checking_mode_reports(slot_mapping: Any, message: str) -> None:
     checked = checkify.checkify(jax.jit(paged_write), errors=checkify.user_checks)
     arguments = make_inputs(CASE["random-slots"]).arguments
     arguments.pop("kv_dtype")

@@ -9,20 +9,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pallas_kernels import CompressedSlotMapping
 from tests.pallas_kernels import numpy_reference
 from tests.pallas_kernels.stored_numbers import encode, logical, random_bits
 
 Array = NDArray[Any]
+PADDING = -(2**31)
 
 
 @dataclasses.dataclass(frozen=True)
 class WriteCase:
     """``slots``: the slot of each token ("random": distinct and shuffled), or None with ``runs``: (first_slot,
-    first_token, length). Scales: None, "tensor" or "head". ``stored_as`` None: ``kv_dtype`` itself."""
+    first_token, length), or with ``words`` of a ``CompressedSlotMapping``. Scales: None, "tensor" or "head".
+    ``stored_as`` None: ``kv_dtype`` itself."""
 
     name: str
     slots: tuple[int, ...] | str | None = "random"
     runs: tuple[tuple[int, int, int], ...] | None = None
+    words: tuple[int, ...] | None = None
     num_tokens: int = 11
     num_pages: int = 6
     kv_heads: int = 2
@@ -57,6 +61,9 @@ CASES = [
     WriteCase("runs-skip-tokens", slots=None, runs=((8, 2, 3), (1, 9, 2))),
     WriteCase("runs-outside-the-pool", slots=None, runs=((22, 0, 4), (0, 4, 2))),
     WriteCase("runs-of-bits", slots=None, runs=((1, 0, 11),), kv_dtype="bfloat16", stored_as="uint16"),
+    WriteCase("words", slots=None, words=(3, -3, 0, 0, -2, 20, PADDING, PADDING), num_tokens=14),
+    WriteCase("words-outside-the-pool", slots=None, words=(6, -3, 23, 0)),
+    WriteCase("words-none", slots=None, words=()),
     WriteCase("block-size-1", block_size=1, num_pages=20),
     WriteCase("block-size-64", block_size=64, num_tokens=50),
     WriteCase("many-heads", kv_heads=16),
@@ -122,14 +129,22 @@ def _values(rng: np.random.Generator, case: WriteCase, shape: tuple[int, ...]) -
     return (rng.standard_normal(shape) * case.magnitude).astype(logical(case.dtype))
 
 
-def _slots(rng: np.random.Generator, case: WriteCase) -> tuple[list[int], Array]:
-    """(the slot of each token, the argument): token by token, or what the runs say of each token."""
+def _slots(rng: np.random.Generator, case: WriteCase) -> tuple[list[int], Any]:
+    """(the slot of each token, the argument): token by token, or what the runs or words say of each token."""
     if case.runs is not None:
         slots = [-1] * case.num_tokens
         for first_slot, first_token, length in case.runs:
             for i in range(length):
                 slots[first_token + i] = first_slot + i if first_slot >= 0 else -1
         return slots, np.array(case.runs, np.int32).reshape(-1, 3)
+    if case.words is not None:
+        slots, words = [], [word for word in case.words if word != PADDING]
+        while words:
+            word = words.pop(0)
+            first, length = (word * case.block_size, case.block_size) if word >= 0 else (words.pop(0) - 1, -word)
+            slots += [first + i if first >= 0 else -1 for i in range(length)]
+        slots += [-1] * (case.num_tokens - len(slots))
+        return slots, CompressedSlotMapping(np.array(case.words, np.int32), case.block_size)
     if case.slots == "random":
         chosen = rng.permutation(case.num_pages * case.block_size)[: case.num_tokens]
         return chosen.tolist(), chosen.astype(np.int32)
