@@ -8,6 +8,8 @@ anybody is refused.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
@@ -63,13 +65,11 @@ class DecodeAhead:
             return None  # shared, and to be written
         slots = np.full((*tables.shape[:-2], num_rows), -1, np.int32)
         slots[..., :n] = np.where(gains, blocks * size + lengths % size, -1)
-        kv_lens, positions, ok = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)
-        kv_lens[:n] = np.where(gains, lengths + 1, 0)
-        positions[:n] = np.where(gains, lengths, 0)
-        ok[:n] = True
-        return AttentionMetadata(
-            tables, kv_lens, None, slots, positions, ok, max_query_len=1, max_kv_len=control.max_tokens_per_req
-        )
+        arrays: dict[str, Any] = {name: np.zeros(num_rows, np.int32) for name in ("kv_lens", "positions")}
+        arrays["kv_lens"][:n] = np.where(gains, lengths + 1, 0)
+        arrays["positions"][:n] = np.where(gains, lengths, 0)
+        arrays |= {"block_tables": tables, "slot_mapping": slots, "ok": np.arange(num_rows) < n}
+        return AttentionMetadata(**arrays, query_start_loc=None, max_query_len=1, max_kv_len=control.max_tokens_per_req)
 
     def take(self, control: ControlPlane, rows: np.ndarray, counts: np.ndarray, freed_rows: list[int]) -> None:
         """What ``serve`` answered has been done; requests in ``freed_rows`` are gone."""

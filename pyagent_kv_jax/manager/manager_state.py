@@ -109,8 +109,8 @@ class ManagerState(ManagerParts):
         meta = self.ahead.serve(self._control, rows, batch.counts, batch.num_rows)
         if meta is None:
             return None
-        filling, ok = self._filling(rows, lengths * (batch.counts > 0)), meta.ok[: len(rows)]
-        self._enter(filling, ok, meta.block_tables)
+        filling, ok = self._filling(rows, lengths * (batch.counts > 0)), np.ones(len(rows), bool)
+        self._enter(filling, ok, np.asarray(meta.block_tables))
         self.ahead.take(self._control, rows, batch.counts, freed_rows)
         self._forget_freed(batch.freed)
         return StepPlan(batch.ids, ok, batch.counts.astype(np.int32), meta, np.zeros(len(rows), np.int32))

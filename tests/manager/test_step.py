@@ -166,7 +166,7 @@ def test_the_control_state_is_updated_in_place(windows: tuple[int | None, ...], 
         CONFIG, num_layers=len(groups), layer_groups=groups, num_blocks=1_000_000, max_num_reqs=256, max_model_len=4096
     )
     plane = control_plane.ControlPlane(config)
-    shape = packed_step.StepShape(256, len(groups), 256, None, 256, 1024, 1024, 1024, copies, 4096)
+    shape = packed_step.StepShape(256, len(groups), 256, None, 256, 1024, 1024, 1024, copies, 4096, copies)
     hits = Hits(np.zeros(num_hits, np.int32), np.zeros(256, np.int32)) if num_hits else None
     words, drafts = np.zeros(shape.inputs()["end"].stop, np.int32), np.zeros(256, np.int32)
     lowered = packed_step.packed_step.lower(plane._state, words, hits, drafts, shape=shape)
