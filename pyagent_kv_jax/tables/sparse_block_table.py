@@ -11,6 +11,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pyagent_kv_jax.config import BlockTableConfig
 from pyagent_kv_jax.errors import ConfigError, KVCacheError, TableFullError, is_concrete, require
@@ -121,15 +122,15 @@ class SparseBlockTable(RowMethods):
 
     def read_blocks(self, rows: jax.Array, columns: jax.Array) -> jax.Array:
         """See ``TableStorage``."""
-        digits = self._digits(columns)
+        _, digits = self._parts(columns)
         return self._below(self._path(rows, digits)[-1], digits[-1])
 
     def write_blocks(self, entries: Entries, ok: jax.Array) -> tuple[Self, jax.Array]:
         """See ``TableStorage``."""
         row, column = jnp.clip(entries.rows, 0, self.num_rows - 1), jnp.clip(entries.columns, 0, self.width - 1)
-        digits = self._digits(column)
+        prefixes, digits = self._parts(column)
         path = jnp.stack(self._path(row, digits))  # [D, n]
-        lacking = self._is_first(entries.groups, row, column) & (path < 0)
+        lacking = _is_first(entries.groups, row, prefixes) & (path < 0)
         wanted = jnp.sum(lacking & entries.in_groups(ok), axis=0, dtype=jnp.int32)
         wanted = jnp.zeros(ok.shape, jnp.int32).at[entries.groups].add(wanted, mode="drop")
         ok &= (jnp.cumsum(wanted) <= self.num_free_nodes) | (wanted == 0)
@@ -144,7 +145,7 @@ class SparseBlockTable(RowMethods):
         # Each node's number goes into the node above it, and the block's id into the leaf.
         changed = jnp.concatenate([taken[1:], written[None]])
         values = jnp.concatenate([path[1:], entries.block_ids[None]])
-        nodes = table.nodes.at[jnp.where(changed, path, self.num_nodes), jnp.stack(digits)].set(values, mode="drop")
+        nodes = table.nodes.at[jnp.where(changed, path, self.num_nodes), digits].set(values, mode="drop")
         roots = self.roots.at[jnp.where(taken[0], row, self.num_rows)].set(path[0], mode="drop")
         owner = self.owner.at[jnp.where(taken, new, self.num_nodes)].set(row, mode="drop")
         return dataclasses.replace(table, nodes=nodes, roots=roots, owner=owner), ok
@@ -178,7 +179,7 @@ class SparseBlockTable(RowMethods):
         wanted = jnp.arange(self.num_rows, dtype=jnp.int32) if rows is None else rows
         row, columns = jnp.clip(wanted, 0, self.num_rows - 1), min(max_blocks, self.width)
         first_columns = jnp.arange(0, columns, self.fan_out, dtype=jnp.int32)[None]
-        leaf = self._path(row[:, None], self._digits(first_columns))[-1]
+        leaf = self._path(row[:, None], self._parts(first_columns)[1])[-1]
         leaf = jnp.where((row == wanted)[:, None], leaf, -1)  # [B, leaves]
         blocks = jnp.where(leaf[:, :, None] < 0, -1, self.nodes[jnp.maximum(leaf, 0)])
         blocks = blocks.reshape(row.shape[0], leaf.shape[1] * self.fan_out)[:, :columns]
@@ -198,28 +199,23 @@ class SparseBlockTable(RowMethods):
 
     # -- nodes
 
-    def _digits(self, columns: jax.Array) -> list[jax.Array]:
-        """The columns' digits in base F, D of them, the highest first."""
-        levels = range(_depth(self.width, self.fan_out))
-        return [columns // self.fan_out**level % self.fan_out for level in reversed(levels)]
+    def _parts(self, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """For each level, root first: the columns' higher digits in base F, and the digit there. i32[D, ...] each."""
+        powers = [self.fan_out**level for level in reversed(range(_depth(self.width, self.fan_out) + 1))]
+        powers_along = np.array(powers, np.int32).reshape(-1, *(1 for _ in columns.shape))
+        quotients = lax.div(*jnp.broadcast_arrays(columns, powers_along))  # // would take care of negative ones
+        return quotients[:-1], lax.rem(quotients[1:], jnp.int32(self.fan_out))
 
     def _below(self, node: jax.Array, digit: jax.Array) -> jax.Array:
         """What stands at place ``digit`` of ``node``; -1 if there is no node."""
         return jnp.where(node < 0, -1, self.nodes[jnp.maximum(node, 0), digit])
 
-    def _path(self, rows: jax.Array, digits: list[jax.Array]) -> list[jax.Array]:
+    def _path(self, rows: jax.Array, digits: jax.Array) -> list[jax.Array]:
         """The nodes, root first and leaf last, D of them, that lead to a column; -1 where there is none."""
-        path = [jnp.broadcast_to(self.roots[rows], jnp.broadcast_shapes(rows.shape, digits[0].shape))]
+        path = [jnp.broadcast_to(self.roots[rows], jnp.broadcast_shapes(rows.shape, digits.shape[1:]))]
         for digit in digits[:-1]:
             path.append(self._below(path[-1], digit))
         return path
-
-    def _is_first(self, groups: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-        """bool[D, n]: whether an entry, of those sorted i32[n], is the first of its group in its node on each level."""
-        levels = range(_depth(self.width, self.fan_out), 0, -1)
-        node = jnp.stack([columns // self.fan_out**level for level in levels])
-        differs = (node[:, 1:] != node[:, :-1]) | (rows[1:] != rows[:-1]) | (groups[1:] != groups[:-1])
-        return jnp.pad(differs, ((0, 0), (min(1, rows.shape[0]), 0)), constant_values=True)
 
     def _take(self, count: jax.Array, most: int) -> tuple[Self, jax.Array]:
         """Take ``count`` free nodes, and erase them: (table, their numbers i32[most], then N)."""
@@ -257,8 +253,18 @@ def _all_rows(table: SparseBlockTable) -> jax.Array:
 @jax.jit
 def _nodes_wanted(table: SparseBlockTable, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """i32[]: nodes that blocks in these columns, sorted, would take; row -1 is padding."""
-    path = jnp.stack(table._path(rows, table._digits(columns)))
-    return jnp.sum(table._is_first(rows, rows, columns) & (path < 0) & (rows >= 0), dtype=jnp.int32)
+    prefixes, digits = table._parts(columns)
+    path = jnp.stack(table._path(rows, digits))
+    return jnp.sum(_is_first(rows, rows, prefixes) & (path < 0) & (rows >= 0), dtype=jnp.int32)
+
+
+def _is_first(groups: jax.Array, rows: jax.Array, prefixes: jax.Array) -> jax.Array:
+    """bool[D, n]: whether an entry, of those sorted i32[n], is the first of its group in its node on each level.
+
+    Entries of a row with the same ``prefixes`` i32[D, n] pass through the same nodes.
+    """
+    differs = (prefixes[:, 1:] != prefixes[:, :-1]) | (rows[1:] != rows[:-1]) | (groups[1:] != groups[:-1])
+    return jnp.pad(differs, ((0, 0), (min(1, rows.shape[0]), 0)), constant_values=True)
 
 
 def nodes_for(config: BlockTableConfig, num_blocks: int, fan_out: int) -> int:

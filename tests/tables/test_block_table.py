@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -20,8 +18,7 @@ from pyagent_kv_jax.errors import (
     ShapeMismatchError,
 )
 from pyagent_kv_jax.tables import BlockTable, SlotMapping, SparseBlockTable
-
-FORMS = {"dense": BlockTable.create, "sparse": partial(SparseBlockTable.create, num_blocks=20, fan_out=2)}
+from tests.tables.forms import FORMS
 
 
 def snapshot(tree):
@@ -31,7 +28,7 @@ def snapshot(tree):
 @pytest.fixture(params=FORMS, scope="module")
 def table(request):
     """Row 1: blocks 7, 3, 9 with 10 tokens; row 2: block 5 with 2; rows 0 and 3 empty."""
-    table = FORMS[request.param](BlockTableConfig(block_size=4, max_num_reqs=4, max_num_blocks_per_req=5))
+    table = FORMS[request.param]()
     return table.append_row(1, [7, 3, 9], 10).append_row(2, [5], 2)
 
 
@@ -123,6 +120,10 @@ TRACED = {
 }
 
 
+one_form = pytest.mark.parametrize("table", ["dense"], indirect=True)  # what is traced here is the same for all
+
+
+@one_form
 @pytest.mark.parametrize("name", TRACED)
 def test_traced_as_eagerly_and_bad_input_changes_nothing(table, name):
     method, right, wrong = TRACED[name]
@@ -134,6 +135,7 @@ def test_traced_as_eagerly_and_bad_input_changes_nothing(table, name):
         chex.assert_trees_all_equal(traced(table, row), table)
 
 
+@one_form
 @pytest.mark.parametrize("name", TRACED)
 def test_bad_input_is_an_error_in_checking_mode(table, name):
     method, right, wrong = TRACED[name]
@@ -144,6 +146,16 @@ def test_bad_input_is_an_error_in_checking_mode(table, name):
         for row in wrong:
             with pytest.raises(checkify.JaxRuntimeError, match="Error: "):
                 checked(table, row)[0].throw()
+
+
+def test_many_methods_in_one_program(table):
+    def change(table, row):
+        table = table.append_row(row, jnp.array([8, 6]), 3).set_block(row, 4, 2).swap_rows(row, 2).clear_row(row)
+        return table.move_row(1, row).append_row(row, jnp.array([1, 6]), 3)
+
+    traced = jax.jit(change)
+    chex.assert_trees_all_equal(traced(table, 0), change(table, 0))
+    chex.assert_trees_all_equal(traced(table, 4), table)
 
 
 def test_traced_reads_of_what_is_not_there(table):
@@ -165,10 +177,9 @@ def test_slot_mapping_keeps_its_length(table):
         SlotMapping(jnp.zeros(1, jnp.int32)).update_slot_mapping(table, [[1, 9], [2, 0]])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_hybrid_block_sizes_split_blocks_and_keep_slots(form):
+def test_hybrid_block_sizes_split_blocks_and_keep_slots():
     config = BlockTableConfig(block_size=6, max_num_reqs=2, max_num_blocks_per_req=3, kernel_block_size=2)
-    table = FORMS[form](config).append_row(1, [4, 0], 11)
+    table = BlockTable.create(config).append_row(1, [4, 0], 11)
     kernel = table.kernel_block_tables()
     assert kernel.tolist() == [[-1] * 9, [12, 13, 14, 0, 1, 2, -1, -1, -1]]
     assert table.kernel_block_tables([1, -1], 1).tolist() == [[12, 13, 14], [-1] * 3]

@@ -17,10 +17,9 @@ from pyagent_kv_jax.config import BlockTableConfig
 from pyagent_kv_jax.errors import ConfigError, TableFullError
 from pyagent_kv_jax.tables import BlockTable, SparseBlockTable
 from pyagent_kv_jax.tables.sparse_block_table import nodes_for
+from tests.tables.forms import CONFIG, dense, sparse, sparse_model
 from tests.tables.sparse_checks import check_nodes
 from tests.tables.table_model import TableModel
-
-CONFIG = BlockTableConfig(4, 4, 5)
 
 
 def test_bytes_follow_the_blocks_in_use():
@@ -47,37 +46,34 @@ def test_nodes_are_enough_for_any_rows_and_hardly_more(fan_out):
 
 
 def test_to_dense_and_back():
-    model = TableModel(4, 5, 4, 2, 24)
-    dense = BlockTable.create(CONFIG).append_row(1, [7, 3, 9], 10).set_block(3, 4, 8).append_row(2, [0], 1)
+    model = sparse_model()
+    table = dense().append_row(1, [7, 3, 9], 10).set_block(3, 4, 8).append_row(2, [0], 1)
     model.append(1, [7, 3, 9], 10)
     model.set(3, 4, 8)
     model.append(2, [0], 1)
-    sparse = SparseBlockTable.from_dense(dense, 20, 2)
-    assert sparse.num_nodes == model.num_nodes
-    check_nodes(sparse, model)
-    chex.assert_trees_all_equal(sparse.to_block_table(), dense)
-    there_and_back = jax.jit(lambda t, n: SparseBlockTable.from_dense(t, n, 2).to_block_table(), static_argnums=1)
-    chex.assert_trees_all_equal(there_and_back(dense, 20), dense)
+    made = SparseBlockTable.from_dense(table, 20, 2)
+    check_nodes(made, model)
+    chex.assert_trees_all_equal(made.to_block_table(), table)
 
 
 def test_a_dense_table_that_does_not_fit():
-    dense = BlockTable.create(CONFIG).append_row(1, [7, 3, 9], 10).set_block(3, 4, 8)
+    table = dense().append_row(1, [7, 3, 9], 10).set_block(3, 4, 8)
     with pytest.raises(TableFullError, match="got 4 blocks that need 7 more nodes, want at most the 6 free"):
-        SparseBlockTable.from_dense(dense, 2, 2)
-    traced = jax.jit(lambda t: SparseBlockTable.from_dense(t, 2, 2))(dense)
-    chex.assert_trees_all_equal(traced.to_block_table(), BlockTable.create(CONFIG))
+        SparseBlockTable.from_dense(table, 2, 2)
+    traced = jax.jit(lambda t: SparseBlockTable.from_dense(t, 2, 2).to_block_table())
+    chex.assert_trees_all_equal(traced(table), dense())
+    few = dense().append_row(1, [7, 3], 5)
+    chex.assert_trees_all_equal(traced(few), few)
 
 
 def test_a_full_table_refuses_and_stays_as_it_was():
     """6 nodes are one full row, or two rows that have begun."""
-    full = SparseBlockTable.create(CONFIG, 2, fan_out=2).append_row(0, [1, 2], 8).append_row(3, [3, 4], 8)
+    full = sparse(6).append_row(0, [1, 2], 8).append_row(3, [3, 4], 8)
     assert full.num_free_nodes == 0
     for call in (lambda t: t.append_row(1, [5], 1), lambda t: t.set_block(3, 4, 5)):
         with pytest.raises(TableFullError, match=r"need [23] more nodes, want at most the 0 free"):
             call(full)
-        after = jax.jit(call)(full)
-        chex.assert_trees_all_equal(after.to_block_table(), full.to_block_table())
-        chex.assert_trees_all_equal(after.num_free_nodes, full.num_free_nodes)
+        chex.assert_trees_all_equal(jax.jit(call)(full), full)
     assert full.append_row(3, [], 0).set_block(3, 0, 9).get_row(3).tolist() == [9, 4, -1, -1, -1]
     row = full.clear_row(0).append_row(2, [6], 4).append_row(2, [7], 4).get_row(2)
     assert row.tolist() == [6, 7, -1, -1, -1]  # nothing of row 0 is left in its nodes
@@ -85,7 +81,7 @@ def test_a_full_table_refuses_and_stays_as_it_was():
 
 def test_nothing_is_asked_of_an_empty_batch():
     none = jnp.zeros(0, jnp.int32)
-    table = SparseBlockTable.create(CONFIG, 20, 2)
+    table = sparse()
     _, ok = jax.jit(tables.append_rows)(table, none, jnp.zeros(5, jnp.int32), jnp.zeros(4, jnp.int32))
     assert ok.all()
     assert jax.jit(tables.set_blocks)(table, none, none, none)[1]

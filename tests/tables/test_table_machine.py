@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from itertools import chain
 
@@ -17,11 +16,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pyagent_kv_jax import tables
 from pyagent_kv_jax.config import BlockTableConfig
 from pyagent_kv_jax.errors import InvalidArgumentError, TableFullError
-from pyagent_kv_jax.tables import BlockTable, SparseBlockTable
+from pyagent_kv_jax.tables import BlockTable
+from tests.tables.forms import ALL_NODES, BLOCK, CONFIG, FORMS, ROWS, WIDTH, dense, sparse, sparse_model
 from tests.tables.sparse_checks import check_nodes
 from tests.tables.table_model import Refusal, TableModel
 
-ROWS, WIDTH, BLOCK, FLAT = 4, 5, 4, 12  # static shapes: every operation compiles once
+FLAT = 12  # a static shape: every operation compiles once
 
 _append_rows = jax.jit(tables.append_rows)
 _clear_rows = jax.jit(tables.clear_rows)
@@ -41,10 +41,6 @@ def i32(values) -> np.ndarray:
     return np.array(values, np.int32)
 
 
-HYBRID = BlockTableConfig(BLOCK, ROWS, WIDTH, kernel_block_size=2)  # 2 kernel blocks each
-FAN_OUT, ALL_NODES = 2, 24  # three levels, and 6 nodes of a full row
-
-
 @jax.jit
 def observe(table, rows, positions):
     """All that can be read, in one program."""
@@ -58,7 +54,7 @@ class TableMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = BlockTable.create(HYBRID)
+        self.table = dense()
         self.model = TableModel(ROWS, WIDTH, BLOCK)
 
     def attempt(self, error: Refusal, call) -> bool:
@@ -238,14 +234,11 @@ class TableMachine(RuleBasedStateMachine):
 
 
 class SparseTableMachine(TableMachine):
-    """With room for everything, or so little that much is refused: a stack from which nodes have been taken away."""
+    """With room for everything, or so little that much is refused."""
 
     @initialize(num_nodes=st.sampled_from([ALL_NODES, ALL_NODES, 13, 7]))
     def make(self, num_nodes) -> None:
-        table = SparseBlockTable.create(HYBRID, ROWS * WIDTH, FAN_OUT)
-        assert table.num_nodes == ALL_NODES
-        self.table = dataclasses.replace(table, num_free_nodes=np.int32(num_nodes))
-        self.model = TableModel(ROWS, WIDTH, BLOCK, FAN_OUT, num_nodes)
+        self.table, self.model = sparse(num_nodes), sparse_model(num_nodes)
 
     def check_storage(self) -> None:
         check_nodes(self.table, self.model)
@@ -254,7 +247,7 @@ class SparseTableMachine(TableMachine):
 TestTableMachine = TableMachine.TestCase
 TestTableMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestSparseTableMachine = SparseTableMachine.TestCase
-TestSparseTableMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestSparseTableMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 20])
@@ -262,7 +255,7 @@ def test_clearing_any_number_of_rows(num_rows):
     """More rows than are cleared together, and fewer."""
     rng = np.random.default_rng(num_rows)
     blocks, tokens = rng.integers(0, 99, (num_rows, WIDTH)), rng.integers(1, WIDTH * BLOCK, num_rows)
-    table = BlockTable(blocks=i32(blocks), num_blocks=i32([WIDTH] * num_rows), num_tokens=i32(tokens), config=HYBRID)
+    table = BlockTable(blocks=i32(blocks), num_blocks=i32([WIDTH] * num_rows), num_tokens=i32(tokens), config=CONFIG)
     for wanted in {0, 1, num_rows // 2, num_rows}:
         mask = np.zeros(num_rows, bool)
         mask[rng.permutation(num_rows)[:wanted]] = True
@@ -271,13 +264,10 @@ def test_clearing_any_number_of_rows(num_rows):
         assert np.array_equal(cleared.num_tokens, np.where(mask, 0, tokens))
 
 
-FORMS = [BlockTable.create, partial(SparseBlockTable.create, num_blocks=ROWS * WIDTH, fan_out=FAN_OUT)]
-
-
-@pytest.mark.parametrize("create", FORMS, ids=["dense", "sparse"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("offsets", [[1, 1, 2, 3, 4], [0, 2, 1, 3, 4], [0, 1, 2, 3, FLAT + 1], [0, -1, 0, 1, 1]])
-def test_offsets_that_are_none_append_nothing(offsets, create):
-    table = create(HYBRID).append_row(1, [7], 2)
+def test_offsets_that_are_none_append_nothing(offsets, form):
+    table = FORMS[form]().append_row(1, [7], 2)
     after, ok = _append_rows(table, np.arange(FLAT, dtype=np.int32), i32(offsets), i32([0] * ROWS), None)
     assert not ok.any()
     chex.assert_trees_all_equal(after, table)
