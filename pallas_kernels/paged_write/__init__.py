@@ -11,6 +11,7 @@ from pallas_kernels.arguments import (
     require_array,
     require_int32,
     require_pages,
+    require_positive_int,
     require_scale,
     require_shape,
     same_dtype,
@@ -54,7 +55,7 @@ def paged_write(
         slot_mapping: i32[T], the slot of each token, -1: dropped; or runs i32[n, 3] of (first_slot,
             first_token, length): tokens first_token, +1, ... go to slots first_slot, +1, ...; length 0 or
             first_slot -1 is padding, and the lengths add up to T at most; or a ``CompressedSlotMapping`` of at
-            most T tokens. Slots must be distinct; of equal ones, one wins.
+            most T tokens, whose blocks are one page each or several. Slots must be distinct; of equal ones, one wins.
         k_scale: None (1), or a traced scale [] or [kv_heads]: what is stored is ``k / k_scale``.
         v_scale: likewise for v.
         kv_dtype: logical dtype of the pages: float32, bfloat16, float16, int8, float8_e4m3fn or float8_e5m2.
@@ -101,8 +102,10 @@ def _require_mapping(slot_mapping: Any, num_tokens: int, block_size: int) -> Non
     """Slots, runs or words for so many tokens and pages of ``block_size``."""
     if isinstance(slot_mapping, CompressedSlotMapping):
         require_int32("slot_mapping.words", slot_mapping.words, "int32[n]", 1)
-        want = f"{block_size}, as k_pages"
-        require(slot_mapping.block_size == block_size, "slot_mapping.block_size", slot_mapping.block_size, want)
+        want = f"a positive multiple of the {block_size} tokens of a page"
+        require_positive_int("slot_mapping.block_size", slot_mapping.block_size)
+        fits = slot_mapping.block_size % block_size == 0
+        require(fits, "slot_mapping.block_size", slot_mapping.block_size, want)
         return
     want = f"int32[{num_tokens}] (a slot a token) or int32[n, 3] (first_slot, first_token, length)"
     require_int32("slot_mapping", slot_mapping, want, (1, 2))

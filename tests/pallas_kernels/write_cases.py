@@ -27,6 +27,7 @@ class WriteCase:
     slots: tuple[int, ...] | str | None = "random"
     runs: tuple[tuple[int, int, int], ...] | None = None
     words: tuple[int, ...] | None = None
+    words_block_size: int = 4
     num_tokens: int = 11
     num_pages: int = 6
     kv_heads: int = 2
@@ -63,6 +64,7 @@ CASES = [
     WriteCase("runs-of-bits", slots=None, runs=((1, 0, 11),), kv_dtype="bfloat16", stored_as="uint16"),
     WriteCase("words", slots=None, words=(3, -3, 0, 0, -2, 20, PADDING, PADDING), num_tokens=14),
     WriteCase("words-outside-the-pool", slots=None, words=(6, -3, 23, 0)),
+    WriteCase("words-of-two-pages", slots=None, words=(2, -1, 3), words_block_size=8),
     WriteCase("words-none", slots=None, words=()),
     WriteCase("block-size-1", block_size=1, num_pages=20),
     WriteCase("block-size-64", block_size=64, num_tokens=50),
@@ -138,13 +140,13 @@ def _slots(rng: np.random.Generator, case: WriteCase) -> tuple[list[int], Any]:
                 slots[first_token + i] = first_slot + i if first_slot >= 0 else -1
         return slots, np.array(case.runs, np.int32).reshape(-1, 3)
     if case.words is not None:
-        slots, words = [], [word for word in case.words if word != PADDING]
+        slots, words, size = [], [word for word in case.words if word != PADDING], case.words_block_size
         while words:
             word = words.pop(0)
-            first, length = (word * case.block_size, case.block_size) if word >= 0 else (words.pop(0) - 1, -word)
+            first, length = (word * size, size) if word >= 0 else (words.pop(0) - 1, -word)
             slots += [first + i if first >= 0 else -1 for i in range(length)]
         slots += [-1] * (case.num_tokens - len(slots))
-        return slots, CompressedSlotMapping(np.array(case.words, np.int32), case.block_size)
+        return slots, CompressedSlotMapping(np.array(case.words, np.int32), size)
     if case.slots == "random":
         chosen = rng.permutation(case.num_pages * case.block_size)[: case.num_tokens]
         return chosen.tolist(), chosen.astype(np.int32)

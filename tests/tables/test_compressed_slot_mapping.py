@@ -117,6 +117,8 @@ def test_numbers_that_overflow_name_nothing_that_is_there() -> None:
     mapping = CompressedSlotMapping(words, BLOCK_SIZE)
     for moved in (mapping, *(mapping.shifted(blocks) for blocks in (1, 2**31 - 1, -(2**31), -(2**29) + 1))):
         assert min(_expand(moved).tolist()) >= LARGEST - 1
+    last = dataclasses.replace(mapping, words=jnp.array([-1, LARGEST], jnp.int32))
+    assert last.shifted(-(2**31)).expand(1).tolist() == [LARGEST]
     long = dataclasses.replace(mapping, words=jnp.array([-(2**31 - 1), 1, -(2**31 - 1), 1, 3], jnp.int32))
     assert _expand(long).tolist() == [-1] * T
     assert int(long.num_tokens()) == 0
