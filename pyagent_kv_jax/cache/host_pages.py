@@ -260,6 +260,7 @@ def _checked_geometry(a: KVPages | HostPages, b: KVPages | HostPages) -> int:
     """Pages of a block, once it is clear that both are of one geometry."""
     host, pages = (a, b) if isinstance(a, HostPages) else (b, a)
     assert isinstance(pages, KVPages)
+    assert isinstance(host, HostPages)
     config = pages.config
     for name in ("k_pages", "v_pages"):
         on_host, on_device = getattr(host, name), getattr(pages, name)

@@ -170,16 +170,10 @@ class KVPages:
 
         Pairs with a -1 are left out. Ids outside the pool: see ``pages_of``.
         """
-        return self._copy(self.pages_of(src), self.pages_of(dst))
-
-    def copy_pages(self, src: jax.Array, dst: jax.Array) -> Self:
-        """``copy_blocks`` for pages ``src`` and ``dst`` i32[n] of 0 to ``pages_per_layer - 1``, pieces of blocks."""
-        size, first = self.config.pages_per_layer, self._first_pages()
-        return self._copy(_within(src, size, first, "src"), _within(dst, size, first, "dst"))
-
-    def _copy(self, src: jax.Array, dst: jax.Array) -> Self:
-        pages = (self.k_pages, self.v_pages)
-        k_pages, v_pages = paged_copy(pages, src.ravel(), dst.ravel(), implementation=self._implementation)
+        src_pages, dst_pages = self.pages_of(src), self.pages_of(dst)
+        k_pages, v_pages = paged_copy(
+            (self.k_pages, self.v_pages), src_pages.ravel(), dst_pages.ravel(), implementation=self._implementation
+        )
         return dataclasses.replace(self, k_pages=k_pages, v_pages=v_pages)
 
     def clear_blocks(self, ids: jax.Array) -> Self:
@@ -209,7 +203,8 @@ class KVPages:
 
         An id outside the pool is a ``checkify`` error; outside checking mode it is taken for -1.
         """
-        return self._pages(ids, self._first_pages(), "ids")
+        layers = jnp.arange(self.config.layers_per_group, dtype=jnp.int32)[:, None]
+        return self._pages(ids, layers * self.config.pages_per_layer, "ids")
 
     def with_scales(self, k_scale: jax.Array, v_scale: jax.Array) -> Self:
         """The same pages read and written with these scales, each f32[num_layers, num_heads] or broadcastable.
@@ -247,10 +242,6 @@ class KVPages:
         pages = jnp.where(inside >= 0, inside * k + first[..., None] + jnp.arange(k, dtype=jnp.int32), -1)
         return pages.reshape(*pages.shape[:-2], -1)
 
-    def _first_pages(self) -> jax.Array:
-        """i32[layers_per_group, 1]: the first page of each layer."""
-        return jnp.arange(self.config.layers_per_group, dtype=jnp.int32)[:, None] * self.config.pages_per_layer
-
     def _as_blocks(self, pages: jax.Array) -> jax.Array:
         """Pages [layers * n * k, heads, page_size, dim] of all layers as [layers, n, heads, block_size, dim]."""
         config = self.config
@@ -276,9 +267,6 @@ class KVPages:
 
 copy_blocks_in_place = jax.jit(KVPages.copy_blocks, donate_argnums=0)
 """``KVPages.copy_blocks`` as a call of its own, the pages donated."""
-
-copy_pages_in_place = jax.jit(KVPages.copy_pages, donate_argnums=0)
-"""``KVPages.copy_pages`` likewise."""
 
 clear_blocks_in_place = jax.jit(KVPages.clear_blocks, donate_argnums=0)
 """``KVPages.clear_blocks`` likewise."""

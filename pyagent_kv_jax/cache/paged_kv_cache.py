@@ -8,11 +8,13 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from pyagent_kv_jax.arguments import integer, shown
 from pyagent_kv_jax.cache.allocation import extend_rows, free_rows, step_metadata
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
+from pyagent_kv_jax.cache.block_size_change import change_block_size
 from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.errors import (
@@ -20,6 +22,7 @@ from pyagent_kv_jax.errors import (
     OutOfBlocksError,
     RequestTooLongError,
     UnknownRequestError,
+    is_concrete,
     require,
 )
 from pyagent_kv_jax.pool import BlockPool, check_invariants
@@ -117,6 +120,48 @@ class PagedKVCache:
         limit = self.config.pool_blocks if capacity is None else capacity
         pool, table, ok = free_rows(self.pool, self.table, rows, capacity=limit)
         return dataclasses.replace(self, pool=pool, table=table), ok
+
+    # -- block sizes -------------------------------------------------------------------------------------------
+
+    def with_block_size(self, block_size: int) -> Self:
+        """The same content in blocks of another size; outside ``jit``. The pages are donated: use the result.
+
+        A smaller size that divides the present one moves nothing; else what does not stand in runs already is copied,
+        by one call. Blocks set aside past a row's tokens, and cached content, are given up. Costs O(pool) on the host.
+
+        Args:
+            block_size: tokens; a multiple of the kernel block size.
+
+        Raises:
+            ConfigError: not such a multiple, or more than all the pages hold.
+            InvalidArgumentError: called under a transformation.
+            OutOfBlocksError, RequestTooLongError: the rows do not fit into blocks of this size.
+            InvalidBlockError: references that no row holds would be lost.
+        """
+        if not is_concrete(self):
+            raise InvalidArgumentError("with_block_size: got traced arrays, want a call outside jit: shapes change")
+        config = self.config.with_block_size(block_size)
+        if config.block_size == self.config.block_size:
+            return self
+        table_config = config.table_config()
+        change = change_block_size(
+            np.asarray(self.table.blocks),
+            np.asarray(self.table.num_tokens),
+            np.asarray(self.pool.ref_counts),
+            old_size=self.config.block_size,
+            new_size=config.block_size,
+            page_size=config.page_size,
+            num_blocks=config.pool_blocks,
+            width=table_config.max_num_blocks_per_req,
+        )
+        pool = BlockPool.with_references(change.ref_counts)
+        table = BlockTable(
+            blocks=jnp.asarray(change.tables),
+            num_blocks=jnp.asarray(change.num_blocks),
+            num_tokens=self.table.num_tokens,
+            config=table_config,
+        )
+        return dataclasses.replace(self, pages=change.move(self.pages, config), pool=pool, table=table, config=config)
 
     # -- one row -----------------------------------------------------------------------------------------------
 

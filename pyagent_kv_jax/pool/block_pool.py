@@ -74,6 +74,30 @@ class BlockPool:
             num_blocks=num_blocks,
         )
 
+    @classmethod
+    def with_references(cls, ref_counts: np.ndarray) -> Self:
+        """A pool whose blocks have ``ref_counts`` i32[N] references; the free ones to be given out from the lowest on.
+
+        On the host, with plain values; costs O(N), and no compilation.
+
+        Raises:
+            InvalidBlockError: a negative count.
+            ConfigError: as ``create``.
+        """
+        counts = np.asarray(ref_counts, np.int32)
+        if (counts < 0).any():
+            raise InvalidBlockError(f"ref_counts: got {counts[counts < 0][:5].tolist()}, want 0 or more")
+        free = np.flatnonzero(counts == 0).astype(np.int32)
+        position, queue = np.zeros(len(counts), np.int32), np.full(4 * len(counts), -1, np.int32)
+        position[free], queue[: len(free)] = np.arange(len(free)), free
+        return dataclasses.replace(
+            pool := cls.create(len(counts)),
+            ref_counts=jnp.asarray(counts),
+            position=jnp.asarray(position),
+            queue=jnp.asarray(queue),
+            counters=pool.counters.at[Counters._fields.index("num_uncached")].set(len(free)),
+        )
+
     @property
     def num_free(self) -> jax.Array:
         """i32[]: free blocks, with and without cached content."""

@@ -20,7 +20,7 @@ from pyagent_kv_jax import (
     ShapeMismatchError,
 )
 from pyagent_kv_jax.cache.host_pages import HostPages, swap_in, swap_out
-from pyagent_kv_jax.cache.kv_pages import clear_blocks_in_place, copy_blocks_in_place, copy_pages_in_place
+from pyagent_kv_jax.cache.kv_pages import clear_blocks_in_place, copy_blocks_in_place
 
 ROWS, LAYERS, Q_HEADS, KV_HEADS, DIM, BLOCK, PAGE, BLOCKS = 3, 2, 4, 2, 8, 16, 4, 6
 HEADS = (Q_HEADS, KV_HEADS, KV_HEADS)  # of q, k and v
@@ -109,13 +109,17 @@ def test_blocks_are_copied_cleared_and_gathered_whole() -> None:
     np.testing.assert_array_equal(left_over(pages), untouched)
 
 
-def test_pages_are_copied_one_by_one_also_those_left_over() -> None:
+def test_the_same_pages_in_blocks_of_another_size() -> None:
+    """Only the names change: block 1 of 16 tokens is blocks 4 to 7 of 4, and those left over have names too."""
     pages = filled(LEFT_OVER)
     want, last = blocks_of(pages), left_over(pages)
-    pages = copy_pages_in_place(pages, np.array([5, 26, 27, -1], np.int32), np.array([26, 2, 0, 1], np.int32))
-    want[:, :, 0, :, 8:12], (moved,) = last[:, :, 2], want[None, :, :, 1, :, 4:8]
+    small = dataclasses.replace(pages, config=LEFT_OVER.with_block_size(4))
+    small = copy_blocks_in_place(small, np.array([5, 26, 27, -1], np.int32), np.array([26, 2, 0, 1], np.int32))
+    moved = want[:, :, 1, :, 4:8].copy()
+    want[:, :, 0, :, 8:12], last[:, :, 2] = last[:, :, 2], moved
+    pages = dataclasses.replace(small, config=LEFT_OVER)
     np.testing.assert_array_equal(blocks_of(pages), want)
-    np.testing.assert_array_equal(left_over(pages), np.concatenate([last[:, :, :2], moved[:, :, None]], axis=2))
+    np.testing.assert_array_equal(left_over(pages), last)
 
 
 def test_swapped_blocks_come_back_as_they_were() -> None:
