@@ -108,30 +108,24 @@ def random_state(rng: np.random.Generator, size: int, groups: int) -> State:
 
 def blocks_wanted(state: State, size: int) -> int:
     """How many new blocks there must be: one for each different string of old units, counted in plain Python."""
-    unit = math.gcd(state.size, size)
-    wanted = set()
-    requests = len(state.tables) // state.groups
-    for row in range(len(state.tables)):
-        tokens, group = int(state.num_tokens[row]), row // requests
+    unit, requests, wanted = math.gcd(state.size, size), len(state.tables) // state.groups, set()
+
+    def units_of(row: int, column: int) -> tuple:
+        last = min((column + 1) * size, int(state.num_tokens[row]))
+        ats = range(column * size, last, unit)
+        blocks = [int(state.tables[row, at // state.size]) for at in ats]
+        return tuple((b, at % state.size) if b >= 0 else None for b, at in zip(blocks, ats, strict=True))
+
+    for request in range(requests):
+        tokens = int(state.num_tokens[request])
         for column in range(-(-tokens // size)):
-            units = []
-            for at in range(column * size, min((column + 1) * size, tokens), unit):
-                block = int(state.tables[row, at // state.size])
-                units.append(None if block < 0 else (block, at % state.size))
-            is_open = (column + 1) * size > tokens
-            owner: object = None
-            if is_open:
-                same = [
-                    tuple(
-                        state.content(g * requests + r)[column * size :] if state.num_tokens[r] == tokens else [r]
-                        for g in range(state.groups)
-                        for r in [other]
-                    )
-                    for other in (row % requests,)
-                ]
-                owner = (row % requests,) if not state.is_open(row) else (group, str(same))
-            if is_open or any(u is not None for u in units):
-                wanted.add((tuple(units), group, owner))
+            units = [units_of(group * requests + request, column) for group in range(state.groups)]
+            is_there = [any(u is not None for u in each) for each in units]
+            if (column + 1) * size > tokens:  # open: shared with whoever shares it in every group, or with nobody
+                alone = not state.is_open(request) or not any(is_there)
+                wanted |= {(group, request if alone else tuple(units)) for group in range(state.groups)}
+            else:
+                wanted |= {each for each, there in zip(units, is_there, strict=True) if there}
     return len(wanted)
 
 
