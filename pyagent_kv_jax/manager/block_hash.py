@@ -151,7 +151,7 @@ class BlockKeys:
         nodes: the content behind each key, or None where the digest is proof enough.
     """
 
-    __slots__ = ("_items_end", "_root", "digests", "extras", "hasher", "nodes", "root_node")
+    __slots__ = ("_items_end", "_root", "_tokens", "digests", "extras", "hasher", "nodes", "root_node")
 
     def __init__(self, hasher: BlockHasher, extras: CacheExtras, root: bytes, root_node: ChainNode | None) -> None:
         self.hasher = hasher
@@ -160,6 +160,7 @@ class BlockKeys:
         self.nodes: list[ChainNode] | None = None if root_node is None else []
         self.root_node = root_node
         self._root = root
+        self._tokens: list[bytes] = []  # as they came: other block sizes need other keys
         self._items_end = max((item.end for item in extras.items), default=0)
 
     def __len__(self) -> int:
@@ -188,11 +189,16 @@ class BlockKeys:
             digest = digest_of(digest + payload)
             added.append(digest)
         self.digests += added
+        self._tokens.append(raw)
         if self.nodes is not None:
             node = self.nodes[-1] if self.nodes else self.root_node
             for payload in payloads:
                 node = ChainNode(node, payload)
                 self.nodes.append(node)
+
+    def tokens(self) -> np.ndarray:
+        """i32[len(self) * block_size]: what the keys are made of, besides ``extras``."""
+        return np.frombuffer(b"".join(self._tokens), _TOKEN).astype(np.int32)
 
     def parent_of(self, index: int) -> bytes | None:
         """Key of the block before block ``index``; None for the first."""
@@ -201,7 +207,7 @@ class BlockKeys:
     def copy(self) -> BlockKeys:
         """Keys of a fork: equal so far, growing apart from here."""
         other = BlockKeys(self.hasher, self.extras, self._root, self.root_node)
-        other.digests = self.digests.copy()
+        other.digests, other._tokens = self.digests.copy(), self._tokens.copy()
         other.nodes = None if self.nodes is None else self.nodes.copy()
         return other
 

@@ -136,6 +136,11 @@ class DecodeAhead:
         self.reserving = np.zeros_like(self.reserving)  # a new one, as above
         self._tables = None
 
+    def resize(self, config: KVCacheConfig) -> None:
+        """Blocks have another size, and nothing is in reserve any more."""
+        self._config = config
+        self.given_back()
+
     def remember(self, rows: np.ndarray, tables: np.ndarray) -> None:
         """The blocks of ``rows``, all of which were served, as the control plane has just told them."""
         self._tables = rows, tables

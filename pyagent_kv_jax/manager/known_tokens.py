@@ -40,6 +40,13 @@ class TokenRecord:
         tail[: len(tokens) - full] = tokens[full:]
         return cls(keys, tail, len(tokens), may_read)
 
+    def rehashed(self, hasher: BlockHasher) -> TokenRecord:
+        """The same tokens in blocks of another size."""
+        tail = self.tail[: self.num_tokens % self.keys.hasher.block_size]
+        tokens = np.concatenate([self.keys.tokens(), tail])
+        new = TokenRecord.of_prompt(hasher, tokens, self.keys.extras, self.may_read)
+        return dataclasses.replace(new, is_counted=self.is_counted)
+
     def copy(self) -> TokenRecord:
         """For a fork."""
         return dataclasses.replace(self, keys=self.keys.copy(), tail=self.tail.copy(), is_counted=True)
@@ -126,6 +133,14 @@ class KnownTokens:
         self._num_tokens[row] = record.num_tokens
         self._num_keys[row] = len(record.keys)
         self._columns_entered[row] = columns_entered
+
+    def rehashed(self, hasher: BlockHasher) -> KnownTokens:
+        """The same tokens in blocks of another size, of which none has been entered into a prefix cache."""
+        new = KnownTokens(hasher.block_size, len(self._records))
+        for row in range(len(self._records)):
+            if (record := self.record_of(row)) is not None:
+                new.place(row, record.rehashed(hasher), 0)
+        return new
 
     def take(self, row: int) -> TokenRecord | None:
         """The record of ``row``, which has none afterwards."""

@@ -56,7 +56,8 @@ class ManagerParts:
         self._nothing = Start(self._no_hit, 0, NO_LIMIT)
         self._expected = np.zeros(config.max_num_reqs, np.int32)  # drafts of the next step
         self._drafts = np.zeros(config.max_num_reqs, np.int32)  # computed, and not yet committed
-        # Leading columns whose blocks hold nothing: they were out of sight when the request was swapped out.
+        # Leading tokens that the row's blocks don't hold, if it has blocks for them: they were out of sight when the
+        # request was swapped out, or when the block size changed.
         self._hollow = np.zeros((len(config.groups), config.max_num_reqs), np.int32)
 
     @property

@@ -257,7 +257,7 @@ class ManagerState(ManagerParts):
             record = self.waiting.pop(request_id, None)
             if request_id in self.swap.requests:
                 record = self.swap.requests[request_id].record
-                self._hollow[:, row] = (self.swap.requests[request_id].host_blocks < 0).sum(axis=1)
+                self._hollow[:, row] = self.swap.requests[request_id].hollow
                 swap_ins.append(self._swap_in(request_id, row, start))
             if record is not None:
                 self._count_hit(record, start.hit)
@@ -397,7 +397,7 @@ class ManagerState(ManagerParts):
         columns = -(-lengths // self.config.block_size)  # those set aside for drafts hold nothing
         blocks = [self.control.blocks_of(row)[:, :n] for row, n in zip(rows.tolist(), columns.tolist(), strict=True)]
         for row, held in zip(rows.tolist(), blocks, strict=True):
-            held[np.arange(held.shape[1]) < self._hollow[:, row, None]] = -1
+            held[np.arange(held.shape[1]) < self._hollow[:, row, None] // self.config.block_size] = -1
         wanted = [int((held >= 0).sum()) for held in blocks]
         if mode == "swap" and sum(wanted) > self.swap.num_free:
             raise OutOfBlocksError(
@@ -438,7 +438,9 @@ class ManagerState(ManagerParts):
         for request_id, row, length, blocks in requests:
             host_blocks = self.swap.allocate(blocks)
             assert host_blocks is not None
-            self.swap.put(request_id, SwappedRequest(length, host_blocks, self.tokens.record_of(row)))
+            gone = (blocks < 0).sum(axis=1) * self.config.block_size
+            hollow = np.maximum(gone, self._hollow[:, row])
+            self.swap.put(request_id, SwappedRequest(length, host_blocks, self.tokens.record_of(row), hollow))
             pairs.append((blocks[blocks >= 0], host_blocks[blocks >= 0]))
             self.counts.swapped_out += 1
             self.events.append(BlocksSwapped(request_id, "out", len(pairs[-1][0])))

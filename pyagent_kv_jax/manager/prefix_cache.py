@@ -92,6 +92,13 @@ class PrefixCache:
         # Of every cached block where the digest is no proof; else empty.
         self._content_of: dict[int, tuple[bytes, ChainNode]] = {}
 
+    def emptied(self, num_blocks: int, block_size: int) -> PrefixCache:
+        """An empty cache of blocks of another size, for the same layer groups; collisions are counted on."""
+        windows, chunks = [r.window for r in self._reaches], [r.chunk for r in self._reaches]
+        other = PrefixCache(num_blocks, block_size, windows, chunks)
+        other.num_collisions = self.num_collisions
+        return other
+
     def __len__(self) -> int:
         """Cached blocks, over all groups."""
         return sum(map(len, self._maps))

@@ -52,7 +52,7 @@ class PrefixFiller:
             filling: the plan.
             ok: of the batch.
             tables: i32[n, columns], or i32[G, n, columns] of several groups; -1 for those that are not ok.
-            hollow: i32[G, R], leading columns of each row whose blocks hold nothing.
+            hollow: i32[G, R], leading tokens of each row that its blocks do not hold.
 
         Returns:
             i32[...] for each group, the blocks whose content is worth keeping now.
@@ -64,7 +64,8 @@ class PrefixFiller:
         for group, table in enumerate(tables if tables.ndim == 3 else tables[None]):
             ids = table[at, columns]
             if has_hollow:
-                ids = np.where(columns < hollow[group, full.rows_of_entries()], -1, ids)
+                first_tokens = columns * self._prefixes.block_size
+                ids = np.where(first_tokens < hollow[group, full.rows_of_entries()], -1, ids)
             if claim is not None:
                 entered = self._prefixes.enter(group, claim, ids)
             else:

@@ -24,11 +24,13 @@ class SwappedRequest:
         num_tokens: that it holds.
         host_blocks: i32[G, columns], -1 where its group had given the block back.
         record: its tokens, as far as they are known; None: not at all.
+        hollow: i32[G], leading tokens that the blocks of each group do not hold.
     """
 
     num_tokens: int
     host_blocks: np.ndarray
     record: TokenRecord | None
+    hollow: np.ndarray
 
     @property
     def block_ids(self) -> np.ndarray:
