@@ -272,6 +272,25 @@ def test_offsets_that_are_none_append_nothing(offsets, form):
     chex.assert_trees_all_equal(after, table)
 
 
+def test_rows_that_find_no_nodes_stand_in_the_way_of_later_ones():
+    """4 nodes, 4 more, 3, none: of 7."""
+    table, ok = _append_rows(sparse(7), np.arange(FLAT, dtype=np.int32), i32([0, 3, 6, 7, 7]), i32([9, 9, 1, 0]), None)
+    assert ok.tolist() == [True, False, False, True]
+    model = sparse_model(7)
+    model.append(0, [0, 1, 2], 9)
+    check_nodes(table, model)
+
+
+def test_a_refused_row_takes_no_part_in_another_rows_nodes():
+    """Nothing named -1 is a row; what would be written there looks as if it were meant for row 0."""
+    ids, tokens = np.arange(FLAT, dtype=np.int32), i32([1, 9, 0, 0])
+    table, ok = _append_rows(sparse(), ids, i32([0, 1, 4, 4, 4]), tokens, i32([-1, 0, -1, -1]))
+    assert ok.tolist() == [False, True, True, True]
+    model = sparse_model()
+    model.append(0, [1, 2, 3], 9)
+    check_nodes(table, model)
+
+
 @jax.jit
 def _append_over_ranks(table, ids, offsets, tokens, size):
     return tables.append_rows(table, ids, offsets, tokens, context_parallel_size=size)
