@@ -80,6 +80,9 @@ class ControlPlane:
             ahead: i64[n], tokens past those that each row gets blocks for.
         """
         last = self._free_all_but_the_last(freed_rows)
+        if used is not None and freed_rows:
+            used = used.copy()
+            used[freed_rows] = 0  # some of them are empty by now
         computed = 0 if num_tokens is None else num_tokens
         if restored is not None and restored.any():
             computed += _power_of_four(int(restored.sum()))

@@ -148,6 +148,19 @@ def test_requests_that_end_are_freed_with_the_next_call() -> None:
     assert served.stats().num_reserved_blocks == 0
 
 
+def test_many_requests_that_end_between_two_calls_leave_nothing_behind() -> None:
+    """More blocks come back than one step has room to free."""
+    served = manager(8, blocks=200)
+    ids = ["a", "b", "c", "d"]
+    served.step(ids, [40, 41, 42, 43], num_rows=ROWS, num_tokens=256)
+    for _ in range(4):
+        decode(served, ids)
+    decode(served, ["d"], free=("a", "b", "c"))
+    served.step(["d", "e", "f", "g"], [1, 2, 3, 4], num_rows=ROWS, num_tokens=256)
+    assert [served.num_tokens(name) for name in ("d", "e", "f", "g")] == [49, 2, 3, 4]
+    served.check_invariants()
+
+
 def test_a_fork_is_copied_before_it_is_written() -> None:
     served = manager(8, blocks=100)
     served.step(["a"], [6], num_rows=ROWS, num_tokens=64)
