@@ -20,10 +20,11 @@ from pyagent_kv_jax.pool import (
     node_of_block,
     require_allocated,
 )
+from pyagent_kv_jax.tables.host_step import CONTROL_STEP_ON_CPU
 
 CONTIGUOUS, SCATTERED = BlockAllocationStrategy.CONTIGUOUS, BlockAllocationStrategy.SCATTERED
 NUMA_AWARE, PREDICTIVE = BlockAllocationStrategy.NUMA_AWARE, BlockAllocationStrategy.PREDICTIVE
-CAPACITY = 8
+ROWS, CAPACITY = 4, 8
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,9 @@ def pool() -> BlockPool:
 
 
 def ids_of(pool: BlockPool, counts, **how) -> list[int]:
+    if np.ndim(how.get("node", 0)):
+        how["node"] = how["node"] + [0] * (ROWS - len(counts))
+    counts = counts + [0] * (ROWS - len(counts))  # one shape, compiled once
     after, admitted = allocate_blocks(pool, counts, capacity=CAPACITY, **how)
     check_invariants(after)
     require_allocated(after, counts, admitted, how.get("strategy", SCATTERED))
@@ -61,10 +65,12 @@ def test_each_row_gets_the_shortest_run_that_is_long_enough(pool) -> None:
     assert ids_of(pool, [3, 4, 1], strategy=CONTIGUOUS) == [9, 10, 11, 0, 1, 2, 3, 5]
     assert ids_of(pool, [4, 3], strategy=CONTIGUOUS)[4:] == [9, 10, 11]
     taken, _ = pool.take([2, 10])
+    assert [int(longest_free_run(pool)), int(longest_free_run(taken))] == [4, 3]
     assert ids_of_any(taken, [3]) == [5, 6, 7]  # only with the content given up
 
 
 def ids_of_any(pool: BlockPool, counts) -> list[int]:
+    counts = counts + [0] * (ROWS - len(counts))
     after, admitted = allocate_blocks(pool, counts, capacity=CAPACITY, strategy=CONTIGUOUS)
     assert admitted.evicted.tolist()[:3] == [False, True, True]
     assert not np.any(after.cached)
@@ -136,7 +142,9 @@ def test_traced_a_refused_row_changes_nothing(pool) -> None:
     counts = jnp.array([11, 1, 0, -1], jnp.int32)
     near = {"strategy": NUMA_AWARE, "num_nodes": 3}
     for how, node in (({"strategy": CONTIGUOUS}, {}), (near, {"node": jnp.array([0, 1, 2, 7])})):
-        after, admitted = jax.jit(partial(allocate_blocks, capacity=20, **how))(pool, counts, **node)
+        after, admitted = jax.jit(partial(allocate_blocks, capacity=20, **how), compiler_options=CONTROL_STEP_ON_CPU)(
+            pool, counts, **node
+        )
         assert admitted.ok.tolist() == [False, False, True, False]
         assert admitted.ids.tolist() == [-1] * 20
         chex.assert_trees_all_equal(after, pool)
@@ -147,6 +155,7 @@ def test_traced_a_refused_row_changes_nothing(pool) -> None:
 def test_no_rows_and_no_room(pool) -> None:
     for how in ({"strategy": CONTIGUOUS}, {"strategy": NUMA_AWARE, "num_nodes": 3, "node": 0}):
         assert allocate_blocks(pool, [], capacity=4, **how)[1].ok.shape == (0,)
-        after, admitted = allocate_blocks(pool, [0, 1], capacity=0, **how)
+        without_room = partial(allocate_blocks, capacity=0, **how)
+        after, admitted = jax.jit(without_room, compiler_options=CONTROL_STEP_ON_CPU)(pool, jnp.array([0, 1]))
         assert admitted.ok.tolist() == [True, False]
         chex.assert_trees_all_equal(after, pool)

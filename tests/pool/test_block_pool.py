@@ -22,6 +22,7 @@ from pyagent_kv_jax.errors import (
 )
 from pyagent_kv_jax.pool import BlockPool, check_invariants
 from pyagent_kv_jax.pool.queues import Counters
+from pyagent_kv_jax.tables.host_step import CONTROL_STEP_ON_CPU
 
 
 def snapshot(pool: BlockPool) -> BlockPool:
@@ -272,7 +273,7 @@ def test_under_jit_and_scan_as_eagerly():
     for _ in range(3):
         eager, ok = _busy_step(eager, hits, counts)
         oks.append(bool(ok))
-    traced = jax.jit(chex.assert_max_traces(_busy_steps, n=1))
+    traced = jax.jit(chex.assert_max_traces(_busy_steps, n=1), compiler_options=CONTROL_STEP_ON_CPU)
     scanned, scanned_oks = traced(pool, hits, counts)
     assert oks == scanned_oks.tolist() == [True] * 3
     chex.assert_trees_all_equal(scanned, eager)
@@ -287,7 +288,7 @@ def test_the_ring_of_cached_blocks_stays_within_twice_the_pool(method):
     pool, held = BlockPool.create(num_blocks).allocate([num_blocks], capacity=num_blocks)
     pool, _ = pool.mark_cached(held.ids)
     pool, _ = pool.free(held.ids)
-    step = jax.jit(lambda pool, ids: getattr(pool, method)(ids)[0].free(ids)[0])
+    step = jax.jit(lambda pool, ids: getattr(pool, method)(ids)[0].free(ids)[0], compiler_options=CONTROL_STEP_ON_CPU)
     longest = 0
     for _ in range(200):
         pool = step(pool, rng.choice(num_blocks, 64, replace=False).astype(np.int32))
