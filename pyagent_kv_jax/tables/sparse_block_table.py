@@ -18,11 +18,11 @@ from pyagent_kv_jax.errors import ConfigError, KVCacheError, TableFullError, is_
 from pyagent_kv_jax.tables.block_table import BlockTable
 from pyagent_kv_jax.tables.in_place import after, erase_rows
 from pyagent_kv_jax.tables.padding import padded
+from pyagent_kv_jax.tables.refusals import raise_if
 from pyagent_kv_jax.tables.row_methods import RowMethods
 from pyagent_kv_jax.tables.table_storage import Entries
 
-_LEAF = 32
-_DEFAULT_SHARE = 32
+_DEFAULT_SHARE, _FEWEST_OF_A_ROW = 64, 32
 _NODES_ERASED_TOGETHER = 8
 
 
@@ -58,26 +58,30 @@ class SparseBlockTable(RowMethods):
     num_free_nodes: jax.Array
 
     @classmethod
-    def create(cls, config: BlockTableConfig, num_blocks: int | None = None, fan_out: int = _LEAF) -> Self:
+    def create(cls, config: BlockTableConfig, num_blocks: int | None = None, fan_out: int | None = None) -> Self:
         """A table of ``config.max_num_reqs`` empty rows of ``config.max_num_blocks_per_req`` columns.
 
         Args:
             config: sizes.
             num_blocks: rows without holes that hold this many blocks together always fit, however they share them; a
-                block of two rows counts twice. None: a 32nd of the columns of all rows, but not less than 32
+                block of two rows counts twice. None: a 64th of the columns of all rows, but not less than 32
                 blocks of each row or than one full row.
-            fan_out: F, 2 to 1,024.
+            fan_out: F, 2 to 1,024. None: the least that makes trees of two levels, from 16 to 256.
 
         Raises:
             ConfigError: a count of blocks that is not positive, or another fan-out.
         """
         rows, width = config.max_num_reqs, config.max_num_blocks_per_req
         if num_blocks is None:
-            num_blocks = max(width, rows * max(width // _DEFAULT_SHARE, min(width, _LEAF)))
+            num_blocks = max(width, rows * max(width // _DEFAULT_SHARE, min(width, _FEWEST_OF_A_ROW)))
+        if fan_out is None:
+            fan_out = min(max(math.isqrt(width - 1) + 1, 16), 256)
         for name, value, least, most in (("fan_out", fan_out, 2, 1024), ("num_blocks", num_blocks, 1, 2**31 - 1)):
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= value <= most:
                 raise ConfigError(f"SparseBlockTable.{name}: got {value!r}, want an integer from {least} to {most}")
         num_nodes = nodes_for(config, num_blocks, fan_out)
+        if num_nodes * fan_out >= 2**31:
+            raise ConfigError(f"SparseBlockTable: got {num_blocks} blocks, want fewer: places in nodes must fit int32")
         return cls(
             nodes=jnp.full((num_nodes, fan_out), -1, jnp.int32),
             roots=jnp.full(rows, -1, jnp.int32),
@@ -90,7 +94,7 @@ class SparseBlockTable(RowMethods):
         )
 
     @classmethod
-    def from_dense(cls, table: BlockTable, num_blocks: int | None = None, fan_out: int = _LEAF) -> Self:
+    def from_dense(cls, table: BlockTable, num_blocks: int | None = None, fan_out: int | None = None) -> Self:
         """The same rows, sparse; see ``create``. Traced, a table that does not fit gives an empty one.
 
         Raises:
@@ -99,7 +103,7 @@ class SparseBlockTable(RowMethods):
         empty = cls.create(table.config, num_blocks, fan_out)
         new, ok = _filled(empty, table)
         if is_concrete(ok) and not ok:
-            raise empty.no_room_error(*np.nonzero(np.asarray(table.blocks) >= 0))
+            raise_if(empty.no_room_error(*np.nonzero(np.asarray(table.blocks) >= 0)))
         require(ok, TableFullError, "from_dense: want fewer blocks, or more room")
         return new
 
@@ -189,9 +193,11 @@ class SparseBlockTable(RowMethods):
         """See ``TableStorage``."""
         return dataclasses.replace(self, nodes=after(self.nodes, read))
 
-    def no_room_error(self, rows: np.ndarray, columns: np.ndarray) -> KVCacheError:
+    def no_room_error(self, rows: np.ndarray, columns: np.ndarray) -> KVCacheError | None:
         """See ``TableStorage``."""
         wanted = int(_nodes_wanted(self, padded(rows), padded(columns)))
+        if wanted <= int(self.num_free_nodes):
+            return None
         return TableFullError(
             f"got {len(rows)} blocks that need {wanted} more nodes, want at most the {self.num_free_nodes} free of the"
             f" table's {self.num_nodes}"
@@ -208,7 +214,9 @@ class SparseBlockTable(RowMethods):
 
     def _below(self, node: jax.Array, digit: jax.Array) -> jax.Array:
         """What stands at place ``digit`` of ``node``; -1 if there is no node."""
-        return jnp.where(node < 0, -1, self.nodes[jnp.maximum(node, 0), digit])
+        # By one index, and without a test for -1: on CPU a batch of 256 takes a third of the time.
+        place = node * self.fan_out + digit
+        return self.nodes.reshape(-1).at[place].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
 
     def _path(self, rows: jax.Array, digits: jax.Array) -> list[jax.Array]:
         """The nodes, root first and leaf last, D of them, that lead to a column; -1 where there is none."""

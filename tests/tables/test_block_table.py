@@ -211,7 +211,7 @@ def test_a_large_table_is_updated_in_place(form):
     i32 = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (256, 257, 256)]
     compiled = jax.jit(step, donate_argnums=0).lower(table, *i32, jax.ShapeDtypeStruct((256,), bool)).compile()
     memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= 256 * 32_768 * 4
+    assert memory.alias_size_in_bytes >= table.nbytes >= 31 * 2**20
     most = 3_000_000  # eight rows cleared together are 1 MiB
     if form == "sparse":
         most = 4 * table.owner.size * 4  # clearing may pass over the nodes' owners
