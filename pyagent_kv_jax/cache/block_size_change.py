@@ -175,7 +175,7 @@ def _owners(
     last = np.full((num_requests, num_groups, units.shape[1]), -1, units.dtype)
     group, request = np.divmod(row[is_open], max(num_requests, 1))
     last[request, group] = units[is_open]
-    _, alike = np.unique(last.reshape(num_requests, -1), axis=0, return_inverse=True)
+    _, alike = np.unique(last.reshape(num_requests, num_groups * units.shape[1]), axis=0, return_inverse=True)
     alone = was_full[:num_requests] | (last < 0).all(axis=(1, 2))
     owner_of = np.where(alone, num_requests + np.arange(num_requests), alike.ravel()) + 1
     owner = np.zeros(len(row), np.int64)

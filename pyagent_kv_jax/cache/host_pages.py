@@ -40,6 +40,7 @@ from pyagent_kv_jax.errors import (
     ShapeMismatchError,
     is_concrete,
 )
+from pyagent_kv_jax.tables.padding import padded, power_of_two
 
 HOST_MEMORY = "pinned_host"
 _LARGEST_CHUNK = 256
@@ -131,6 +132,37 @@ def swap_in(host: HostPages, pages: KVPages, cpu_ids: ArrayLike, gpu_ids: ArrayL
     ids = ("cpu_ids", cpu_ids, host.num_blocks), ("gpu_ids", gpu_ids, pages.config.pool_blocks)
     k_pages, v_pages = _swap(_copy_in, host, pages, *ids)
     return dataclasses.replace(pages, k_pages=k_pages, v_pages=v_pages)
+
+
+def regrouped(host: HostPages, src: np.ndarray, dst: np.ndarray, pages_per_block: int) -> HostPages:
+    """``host``, donated, in blocks of so many pages, with pages ``src`` i32[n] copied to ``dst`` i32[n], none twice.
+
+    As if all reads came before all writes; so all the pages that move pass through the device's memory together.
+    """
+    k_pages, v_pages = host.k_pages, host.v_pages
+    if len(src):
+        size = power_of_two(len(src))  # filled up with a pair that is there already
+        src, dst = padded(src, size, src[0]), padded(dst, size, dst[0])
+        k_pages, v_pages = _copy_within((k_pages, v_pages), src, dst)
+    return HostPages(k_pages, v_pages, pages_per_block)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _copy_within(host: Arrays, src: jax.Array, dst: jax.Array) -> Arrays:
+    count = src.shape[0]
+
+    def fetch(i: Any, staged: Arrays) -> Any:
+        pages = tuple(lax.dynamic_slice_in_dim(x, src[i], 1, axis=0) for x in host)
+        across = jax.device_put(pages, jax.memory.Space.Device)
+        return jax.tree.map(lambda x, page: lax.dynamic_update_slice_in_dim(x, page, i, axis=0), staged, across)
+
+    def put(i: Any, host: Arrays) -> Any:
+        pages = tuple(lax.dynamic_slice_in_dim(x, i, 1, axis=0) for x in staged)
+        across = jax.device_put(pages, jax.memory.Space.Host)
+        return jax.tree.map(lambda x, page: lax.dynamic_update_slice_in_dim(x, page, dst[i], axis=0), host, across)
+
+    staged = lax.fori_loop(0, count, fetch, tuple(jnp.zeros((count, *x.shape[1:]), x.dtype) for x in host))
+    return lax.fori_loop(0, count, put, host)
 
 
 _Ids = tuple[str, ArrayLike, int]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from pyagent_kv_jax.cache.block_views import KVCacheBlock
-from pyagent_kv_jax.cache.host_pages import HostPages, checked_pairs, swap_in, swap_out
+from pyagent_kv_jax.cache.host_pages import HostPages, checked_pairs, regrouped, swap_in, swap_out
 from pyagent_kv_jax.cache.kv_pages import KVPages, copy_blocks_in_place
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.errors import InvalidBlockError
@@ -42,6 +42,15 @@ class KVCacheTransfer:
     def host(self) -> HostPages:
         """The host's pages as they are now; the next ``swap_out`` invalidates them."""
         return self._host
+
+    def change_block_size(self, config: KVCacheConfig, src_pages: np.ndarray, dst_pages: np.ndarray) -> None:
+        """Blocks are those of ``config`` from now on; within the host's pool pages i32[n] are copied, all at once.
+
+        Which pages is what ``cache.block_size_change`` says of the tables over the host's blocks.
+        """
+        with self._lock:
+            self.config = config
+            self._host = regrouped(self._host, src_pages, dst_pages, config.pages_per_block)
 
     def swap_out(self, pages: KVPages, gpu_block: BlockIds, cpu_block: BlockIds) -> None:
         """Copy blocks ``gpu_block`` of ``pages`` to blocks ``cpu_block`` of the host. ``pages`` stay valid.

@@ -24,6 +24,7 @@ from pyagent_kv_jax.errors import (
 )
 from pyagent_kv_jax.manager.admission import Batch, token_counts, token_ids
 from pyagent_kv_jax.manager.block_hash import NO_EXTRAS, CacheExtras
+from pyagent_kv_jax.manager.block_size_switch import BlockSizeReport
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
 from pyagent_kv_jax.manager.manager_state import ManagerState
 from pyagent_kv_jax.manager.manager_views import ManagerViews
@@ -79,6 +80,11 @@ class KVCacheManager(ManagerViews):
     @pages.setter
     def pages(self, pages: KVPages) -> None:
         with self._lock:
+            if pages.config is not self.config and pages.config != self.config:
+                raise InvalidArgumentError(
+                    f"pages: got those of blocks of {pages.config.block_size} tokens, or of another cache, want those "
+                    f"of blocks of {self.config.block_size}: assign a step's pages back before the block size changes"
+                )
             self._state.pages = pages
 
     # -- requests and their tokens -----------------------------------------------------------------------------
@@ -334,6 +340,30 @@ class KVCacheManager(ManagerViews):
         """
         with self._lock:
             return self._state.defragment(runs)
+
+    # -- block size --------------------------------------------------------------------------------------------
+
+    def change_block_size(self, block_size: int) -> BlockSizeReport:
+        """Give all that requests hold blocks of another size, here and in host memory; ``config`` changes with it.
+
+        Call it between steps: plans made before name blocks of the old size. A size that divides the present one moves
+        nothing; else what does not already stand in runs is copied, all at once. Full blocks of known tokens can be hit
+        as before; what is cached of requests that are gone is forgotten. Blocks that were reserved come back. Costs
+        O(pool), and programs for the new size compile when they are first needed (see ``warm_up``).
+
+        Args:
+            block_size: tokens; a multiple of the kernel block size (``KVCacheConfig.kernel_block_size``).
+
+        Raises:
+            ConfigError: not such a multiple, or more than all the pages hold.
+            OutOfBlocksError: what is held takes more blocks of this size than there would be, on the device or the
+                host.
+            InvalidArgumentError: a request has drafts that are not committed.
+        """
+        with self._lock:
+            report = self._state.change_block_size(block_size)
+            self.config = self._state.config
+            return report
 
     # -- memory pressure ---------------------------------------------------------------------------------------
 

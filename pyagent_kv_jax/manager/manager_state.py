@@ -21,11 +21,11 @@ from pyagent_kv_jax.errors import (
 from pyagent_kv_jax.manager import defragmentation
 from pyagent_kv_jax.manager.admission import Batch
 from pyagent_kv_jax.manager.block_hash import BlockKeys, CacheExtras
+from pyagent_kv_jax.manager.block_size_switch import ChangesBlockSize
 from pyagent_kv_jax.manager.control_plane import NO_HITS, ControlPlane, Extended
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
 from pyagent_kv_jax.manager.events import AllBlocksCleared, BlocksSwapped
 from pyagent_kv_jax.manager.known_tokens import TokenRecord
-from pyagent_kv_jax.manager.manager_parts import ManagerParts
 from pyagent_kv_jax.manager.prefix_cache import PrefixHit
 from pyagent_kv_jax.manager.prefix_filling import Filling
 from pyagent_kv_jax.manager.request_rows import check_distinct
@@ -35,7 +35,7 @@ from pyagent_kv_jax.manager.swap_space import SwappedRequest
 from pyagent_kv_jax.tables.padding import padded
 
 
-class ManagerState(ManagerParts):
+class ManagerState(ChangesBlockSize):
     """Changes of the parts. Not thread-safe."""
 
     def register(self, request_id: str, tokens: np.ndarray, extras: CacheExtras, may_read: bool) -> None:

@@ -7,9 +7,11 @@ import dataclasses
 import jax
 import numpy as np
 
+from pyagent_kv_jax.cache.block_size_change import BlockSizeChange, change_block_size
 from pyagent_kv_jax.cache.kv_cache_transfer import KVCacheTransfer
 from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
+from pyagent_kv_jax.manager.block_hash import BlockHasher
 from pyagent_kv_jax.manager.known_tokens import TokenRecord
 from pyagent_kv_jax.pool import BlockPool
 from pyagent_kv_jax.pool.queues import Counters
@@ -45,12 +47,9 @@ class SwapSpace:
         self.num_blocks = num_blocks
         self.requests: dict[str, SwappedRequest] = {}
         self._config = config
+        self._num_pages = num_blocks * config.pages_per_block
         self._transfer: KVCacheTransfer | None = None  # its host memory is taken at the first swap
-        self._pool: BlockPool | None = None
-        if num_blocks:
-            host = DeviceType.CPU.devices()[0]
-            with jax.default_device(host):
-                self._pool = jax.device_put(BlockPool.create(num_blocks), host)
+        self._pool = _pool_of(np.zeros(num_blocks, np.int32))
 
     @property
     def num_free(self) -> int:
@@ -85,6 +84,41 @@ class SwapSpace:
             assert self._pool is not None
             self._pool, _ = self._pool.free(padded(ids))
 
+    def block_size_change(self, config: KVCacheConfig) -> BlockSizeChange:
+        """What becomes of the blocks if they are those of ``config``, row ``g * n + i`` group g of request i of n.
+
+        Raises:
+            OutOfBlocksError: what is held takes more blocks than there would be.
+        """
+        requests, groups = list(self.requests.values()), len(config.groups)
+        width = max([1, *(each.host_blocks.shape[1] for each in requests)])
+        tables = np.full((groups, len(requests), width), -1, np.int32)
+        for i, each in enumerate(requests):
+            tables[:, i, : each.host_blocks.shape[1]] = each.host_blocks
+        return change_block_size(
+            tables.reshape(-1, width),
+            np.tile(np.array([each.num_tokens for each in requests], np.int64), groups),
+            np.zeros(0, np.int32) if self._pool is None else np.asarray(self._pool.ref_counts),
+            old_size=self._config.block_size,
+            new_size=config.block_size,
+            page_size=config.page_size,
+            num_blocks=self._num_pages // config.pages_per_block,
+            width=config.table_config().max_num_blocks_per_req,
+            num_groups=groups,
+        )
+
+    def change_block_size(self, config: KVCacheConfig, change: BlockSizeChange, hasher: BlockHasher) -> None:
+        """Carry out ``block_size_change``; blocks of tokens that are known have the keys of ``hasher`` then."""
+        tables = change.tables.reshape(len(config.groups), len(self.requests), change.tables.shape[1])
+        for i, (request_id, swapped) in enumerate(list(self.requests.items())):
+            record = None if swapped.record is None else swapped.record.rehashed(hasher)
+            host_blocks = tables[:, i, : -(-swapped.num_tokens // config.block_size)]
+            self.requests[request_id] = dataclasses.replace(swapped, host_blocks=host_blocks, record=record)
+        self._config, self.num_blocks = config, len(change.ref_counts)
+        self._pool = _pool_of(change.ref_counts)
+        if self._transfer is not None:
+            self._transfer.change_block_size(config, change.copy_src, change.copy_dst)
+
     def copy_out(self, pages: KVPages, blocks: np.ndarray, host_blocks: np.ndarray) -> None:
         """Copy ``blocks`` i32[n] of ``pages`` into ``host_blocks`` i32[n]; asynchronous."""
         if self._transfer is None:
@@ -95,3 +129,12 @@ class SwapSpace:
         """The pages, donated, with ``host_blocks`` i32[n] copied into ``blocks`` i32[n]; asynchronous."""
         assert self._transfer is not None
         return self._transfer.swap_in(pages, host_blocks, blocks)
+
+
+def _pool_of(ref_counts: np.ndarray) -> BlockPool | None:
+    """A pool on the host's CPU device, of blocks with so many references; None: of no blocks."""
+    if not len(ref_counts):
+        return None
+    host = DeviceType.CPU.devices()[0]
+    with jax.default_device(host):
+        return jax.device_put(BlockPool.with_references(ref_counts), host)

@@ -58,6 +58,8 @@ class Known:
 
 
 class ManagerMachine(RuleBasedStateMachine):
+    page_size: int | None = None  # the kernel block size
+
     @initialize(
         layout=st.sampled_from(LAYOUTS),
         algorithm=st.sampled_from(["sha256", weak_hash]),
@@ -74,6 +76,7 @@ class ManagerMachine(RuleBasedStateMachine):
             max_num_reqs=ROWS,
             max_model_len=LONGEST,
             layer_groups=groups,
+            kernel_block_size=self.page_size,
         )
         options = ManagerOptions(
             num_host_blocks=HOST_BLOCKS, hash_algorithm=algorithm, zero_on_free=zero, prediction_horizon=horizon
@@ -81,6 +84,10 @@ class ManagerMachine(RuleBasedStateMachine):
         self.groups, self.manager = config.groups, KVCacheManager(config, options)
         assert self.manager.pages is not None
         self.requests: dict[str, Known] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        return self.manager.config.pool_blocks
 
     def at(self, place: str) -> list[str]:
         return [name for name, known in self.requests.items() if known.place == place]
@@ -121,12 +128,12 @@ class ManagerMachine(RuleBasedStateMachine):
         for i, name in enumerate(ids):
             known, granted, cached = self.requests[name], int(plan.num_tokens[i]), int(plan.num_cached_tokens[i])
             if not plan.ok[i]:
-                assert free_blocks < BLOCKS
+                assert free_blocks < self.num_blocks
                 assert known.reserved is None or counts[i] > known.reserved + 1
                 assert granted == cached == 0
                 continue
             if known.place == "waiting":
-                assert cached % BLOCK == 0
+                assert cached % self.manager.config.block_size == 0
                 assert cached < len(known.tokens)
                 assert granted == min(counts[i], len(known.tokens) - cached)
                 known.computed = cached
@@ -294,11 +301,11 @@ class ManagerMachine(RuleBasedStateMachine):
         assert sorted(self.manager.swapped_ids()) == sorted(self.at("swapped"))
         stats = self.manager.stats()
         held = sum(int((r.host_blocks >= 0).sum()) for r in state.swap.requests.values())
-        assert stats.num_free_host_blocks == HOST_BLOCKS - held
+        assert stats.num_free_host_blocks == stats.num_host_blocks - held
 
     @invariant()
     def every_live_token_is_what_was_written(self) -> None:
-        pages = self.manager.pages
+        pages, config = self.manager.pages, self.manager.config
         for name in self.at("device"):
             known = self.requests[name]
             assert self.manager.num_tokens(name) == known.computed
@@ -309,12 +316,13 @@ class ManagerMachine(RuleBasedStateMachine):
                 if group.chunk_size is not None:
                     first = known.computed // group.chunk_size * group.chunk_size
                 positions = np.arange(first, known.computed)
-                span = group.layers.index(layer) * BLOCKS
-                block = table[positions // BLOCK]
+                block = table[positions // config.block_size]
                 assert (block >= 0).all()
+                slots = block * config.block_size + positions % config.block_size
+                page = group.layers.index(layer) * config.pages_per_layer + slots // config.page_size
                 want = np.array(content(known.tokens, layer))[first : known.computed]
                 for stored, sign in ((pages.k_pages, 1), (pages.v_pages, -1)):
-                    got = np.asarray(stored)[span + block, 0, positions % BLOCK, 0]
+                    got = np.asarray(stored)[page, 0, slots % config.page_size, 0]
                     np.testing.assert_array_equal(got, sign * want)
 
     def teardown(self) -> None:
@@ -322,8 +330,9 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         for name in list(self.requests):
             self.manager.free(name)
-        assert self.manager.get_num_free_blocks() == BLOCKS
-        assert self.manager.stats().num_free_host_blocks == HOST_BLOCKS
+        assert self.manager.get_num_free_blocks() == self.num_blocks
+        stats = self.manager.stats()
+        assert stats.num_free_host_blocks == stats.num_host_blocks
 
 
 TestManagerMachine = ManagerMachine.TestCase
