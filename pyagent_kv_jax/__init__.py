@@ -48,6 +48,9 @@ from pyagent_kv_jax.errors import (
     UnknownRequestError,
 )
 from pyagent_kv_jax.manager import (
+    BlockTableFactory,
+    BlockTableStats,
+    BlockTableV2,
     CacheExtras,
     DefragmentationReport,
     KVCacheManager,
@@ -70,6 +73,9 @@ __all__ = [
     "BlockPool",
     "BlockTable",
     "BlockTableConfig",
+    "BlockTableFactory",
+    "BlockTableStats",
+    "BlockTableV2",
     "CacheExtras",
     "CallbackError",
     "CompressedSlotMapping",

@@ -1,6 +1,8 @@
 """Floor 4: request ids, callbacks and locks around the pytrees below."""
 
 from pyagent_kv_jax.manager.block_hash import BlockHasher, BlockKeys, CacheExtras, MultimodalItem
+from pyagent_kv_jax.manager.block_table_factory import BlockTableFactory
+from pyagent_kv_jax.manager.block_table_v2 import BlockTableStats, BlockTableV2
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
 from pyagent_kv_jax.manager.events import AllBlocksCleared, BlockRemoved, BlocksSwapped, BlockStored, EventLog
 from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager, create_kv_cache_manager
@@ -17,6 +19,9 @@ __all__ = [
     "BlockKeys",
     "BlockRemoved",
     "BlockStored",
+    "BlockTableFactory",
+    "BlockTableStats",
+    "BlockTableV2",
     "BlocksSwapped",
     "CacheExtras",
     "DefragmentationReport",

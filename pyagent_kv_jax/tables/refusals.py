@@ -1,4 +1,4 @@
-"""Why a table refused blocks: the error that a method called with plain values raises."""
+"""Why a table refuses blocks: the error that a method called with plain values raises."""
 
 from __future__ import annotations
 
@@ -9,18 +9,29 @@ from pyagent_kv_jax.tables.row_arguments import NO_BLOCK
 from pyagent_kv_jax.tables.table_storage import TableStorage
 
 
-def why_not_appended(table: TableStorage, row: int, ids: np.ndarray, num_tokens: int) -> KVCacheError:
-    """The error for an ``append_row`` that was refused."""
+def raise_if(error: KVCacheError | None) -> None:
+    """Raise it, if there is one."""
+    if error is not None:
+        raise error
+
+
+def why_not_appended(table: TableStorage, row: int, ids: np.ndarray, num_tokens: int) -> KVCacheError | None:
+    """The error for appending blocks ``ids`` to a row, padding left out; None where there is nothing wrong."""
     ids = ids[: np.max(np.nonzero(ids != NO_BLOCK)[0], initial=-1) + 1]
-    held_blocks, held_tokens = int(table.num_blocks[row]), int(table.num_tokens[row])
-    total = held_blocks + len(ids)
     if np.any(ids < 0):
         return InvalidBlockError(f"block_ids: got {ids.min()}, want ids of 0 or more")
+    return why_not_extended(table, row, len(ids), num_tokens)
+
+
+def why_not_extended(table: TableStorage, row: int, num_blocks: int, num_tokens: int) -> KVCacheError | None:
+    """The error for appending so many blocks, and tokens, to a row; None where there is nothing wrong."""
+    held_blocks, held_tokens = (int(np.asarray(held)[row]) for held in (table.num_blocks, table.num_tokens))
+    total = held_blocks + num_blocks
     if num_tokens < 0:
         return InvalidArgumentError(f"num_tokens: got {num_tokens}, want 0 or more")
     if total > table.width:
         return RequestTooLongError(
-            f"row {row}: got {len(ids)} more blocks, want at most {table.width - held_blocks}"
+            f"row {row}: got {num_blocks} more blocks, want at most {table.width - held_blocks}"
             f" ({held_blocks} of its {table.width} columns are taken)"
         )
     room = total * table.config.block_size - held_tokens
@@ -29,11 +40,13 @@ def why_not_appended(table: TableStorage, row: int, ids: np.ndarray, num_tokens:
             f"num_tokens: got {num_tokens} for row {row}, want at most {room},"
             f" what its {total} blocks of {table.config.block_size} tokens have room for"
         )
-    return table.no_room_error(np.full(len(ids), row), np.arange(held_blocks, total))
+    return table.no_room_error(np.full(num_blocks, row), np.arange(held_blocks, total))
 
 
-def why_not_set(table: TableStorage, rows: np.ndarray, columns: np.ndarray, ids: np.ndarray) -> KVCacheError:
-    """The error for a ``set_blocks`` that was refused; its padding left out."""
+def why_not_set(table: TableStorage, rows: np.ndarray, columns: np.ndarray, ids: np.ndarray) -> KVCacheError | None:
+    """The error for putting blocks ``ids`` there, padding left out; None where there is nothing wrong."""
+    if not len(rows):
+        return None
     outside, beyond = (rows < 0) | (rows >= table.num_rows), columns >= table.width
     if outside.any():
         return InvalidArgumentError(f"rows: got {rows[outside][0]}, want a row in [0, {table.num_rows})")

@@ -25,7 +25,7 @@ from pyagent_kv_jax.errors import (
 )
 from pyagent_kv_jax.tables import rows as batched
 from pyagent_kv_jax.tables.padding import padded, power_of_two
-from pyagent_kv_jax.tables.refusals import why_not_appended, why_not_set
+from pyagent_kv_jax.tables.refusals import raise_if, why_not_appended, why_not_set
 from pyagent_kv_jax.tables.row_arguments import NO_BLOCK, integers, new_block_ids, static_count
 from pyagent_kv_jax.tables.slot_mapping import ContextParallel, SlotMapping, slots_of
 from pyagent_kv_jax.tables.table_storage import TableStorage
@@ -46,11 +46,11 @@ class RowMethods(TableStorage):
             InvalidBlockError: a negative id.
             TableFullError: a sparse table has no room for them.
         """
-        row, ids = self._row(row_idx), new_block_ids(block_ids)
+        row, ids = self.check_row(row_idx), new_block_ids(block_ids)
         tokens = integer("num_tokens", num_tokens)
         table, ok = _append_row(self, row, ids, tokens)
         if is_concrete(ok) and not ok:
-            raise why_not_appended(self, int(row), np.asarray(ids), int(tokens))
+            raise_if(why_not_appended(self, int(row), np.asarray(ids), int(tokens)))
         require(ok, InvalidArgumentError, "append_row: the row is not there or cannot hold these blocks and tokens")
         return table
 
@@ -60,7 +60,7 @@ class RowMethods(TableStorage):
         Raises:
             InvalidArgumentError: no such row.
         """
-        return _to_dense(self, self._row(row_idx), self.width)
+        return _to_dense(self, self.check_row(row_idx), self.width)
 
     def clear_row(self, row_idx: ArrayLike) -> Self:
         """Empty a row. Its blocks are not freed: that is the pool's.
@@ -68,7 +68,7 @@ class RowMethods(TableStorage):
         Raises:
             InvalidArgumentError: no such row.
         """
-        return _clear_row(self, self._row(row_idx))
+        return _clear_row(self, self.check_row(row_idx))
 
     def move_row(self, src: ArrayLike, dst: ArrayLike) -> Self:
         """Move row ``src`` to ``dst``, which must be empty (or ``src`` itself); ``src`` is empty afterwards.
@@ -76,7 +76,7 @@ class RowMethods(TableStorage):
         Raises:
             InvalidArgumentError: no such row, or ``dst`` holds blocks that would be lost.
         """
-        source, target = self._row(src, "src"), self._row(dst, "dst")
+        source, target = self.check_row(src, "src"), self.check_row(dst, "dst")
         table, ok = _move_row(self, source, target)
         require(ok, InvalidArgumentError, f"move_row: row dst={shown(dst)} holds blocks, want an empty row")
         return table
@@ -87,7 +87,7 @@ class RowMethods(TableStorage):
         Raises:
             InvalidArgumentError: no such row.
         """
-        return _swap_rows(self, self._row(a, "a"), self._row(b, "b"))
+        return _swap_rows(self, self.check_row(a, "a"), self.check_row(b, "b"))
 
     def get_num_blocks(self, row_idx: ArrayLike) -> jax.Array:
         """i32[]: blocks of the row; 0 for a traced row that is not there.
@@ -95,7 +95,7 @@ class RowMethods(TableStorage):
         Raises:
             InvalidArgumentError: no such row.
         """
-        return _get_num_blocks(self, self._row(row_idx))
+        return _get_num_blocks(self, self.check_row(row_idx))
 
     def get_total_blocks(self) -> jax.Array:
         """i32[]: blocks of all rows together; a block two rows share counts twice."""
@@ -115,10 +115,10 @@ class RowMethods(TableStorage):
             InvalidBlockError: a negative id.
             TableFullError: a sparse table has no room for it.
         """
-        row, column, block = self._row(row_idx), integer("position", position), integer("block_id", block_id)
+        row, column, block = self.check_row(row_idx), integer("position", position), integer("block_id", block_id)
         table, ok = _set_block(self, row, column, block)
         if is_concrete(ok) and not ok:
-            raise why_not_set(self, *(np.reshape(np.asarray(x), 1) for x in (row, column, block)))
+            raise_if(why_not_set(self, *(np.reshape(np.asarray(x), 1) for x in (row, column, block))))
         require(ok, InvalidArgumentError, "set_block: no such row or column, no block id, or no room")
         return table
 
@@ -141,7 +141,7 @@ class RowMethods(TableStorage):
             entries = tuple(padded(x) for x in entries)
         table, ok = _set_blocks(self, *entries)
         if is_concrete(ok) and not ok:
-            raise why_not_set(self, *(np.asarray(x)[np.asarray(entries[0]) != -1] for x in entries))
+            raise_if(why_not_set(self, *(np.asarray(x)[np.asarray(entries[0]) != -1] for x in entries)))
         return table, ok
 
     def get_block(self, row_idx: ArrayLike, position: ArrayLike) -> jax.Array:
@@ -150,7 +150,7 @@ class RowMethods(TableStorage):
         Raises:
             InvalidArgumentError: no such row, or a negative position.
         """
-        return _get_block(self, self._row(row_idx), _position(position))
+        return _get_block(self, self.check_row(row_idx), _position(position))
 
     def get_blocks(self, rows: ArrayLike, columns: ArrayLike) -> jax.Array:
         """i32[n]: the blocks at ``rows`` i32[n] and ``columns`` i32[n]; -1 where there is none.
@@ -167,7 +167,7 @@ class RowMethods(TableStorage):
         Raises:
             InvalidArgumentError: no such row, or a negative count.
         """
-        return _to_dense(self, self._row(row_idx), static_count("max_blocks", max_blocks))
+        return _to_dense(self, self.check_row(row_idx), static_count("max_blocks", max_blocks))
 
     def to_dense_rows(self, rows: ArrayLike, max_blocks: int) -> jax.Array:
         """i32[B, max_blocks]: the first columns of ``rows`` i32[B], as attention reads them; all -1 for row -1.
@@ -186,7 +186,7 @@ class RowMethods(TableStorage):
         Raises:
             InvalidArgumentError: no such row, or a negative position.
         """
-        return _get_slot(self, self._row(row_idx), _position(position))
+        return _get_slot(self, self.check_row(row_idx), _position(position))
 
     def get_slots(self, rows: ArrayLike, positions: ArrayLike) -> jax.Array:
         """i32[T]: the slots of the tokens at ``rows`` i32[T] and ``positions`` i32[T]; -1 where there is none.
@@ -205,7 +205,7 @@ class RowMethods(TableStorage):
         Raises:
             InvalidArgumentError: no such row, a negative count or position, or tokens that the row does not hold.
         """
-        row, start = self._row(row_idx), integer("start_position", start_position)
+        row, start = self.check_row(row_idx), integer("start_position", start_position)
         length = static_count("num_tokens", num_tokens)
         size = power_of_two(length)
         slots, held = _row_slots(self, row, start, jnp.int32(length), size)
@@ -261,9 +261,12 @@ class RowMethods(TableStorage):
         columns = self.width if max_blocks is None else static_count("max_blocks", max_blocks)
         return _kernel_block_tables(self, row, columns)
 
-    # -- arguments
+    def check_row(self, row_idx: ArrayLike, name: str = "row_idx") -> Any:
+        """``row_idx`` as np.int32, or as it is when traced.
 
-    def _row(self, row_idx: ArrayLike, name: str = "row_idx") -> Any:
+        Raises:
+            InvalidArgumentError: not an integer, or no such row.
+        """
         row = integer(name, row_idx)
         if is_concrete(row):
             if not 0 <= row < self.num_rows:

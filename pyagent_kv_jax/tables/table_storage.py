@@ -100,5 +100,5 @@ class TableStorage(abc.ABC):
         """The same, so that what is written from here on waits for ``read``, gathered from it (see ``in_place.py``)."""
 
     @abc.abstractmethod
-    def no_room_error(self, rows: np.ndarray, columns: np.ndarray) -> KVCacheError:
-        """Why blocks in these columns, sorted, found no room. With plain values only."""
+    def no_room_error(self, rows: np.ndarray, columns: np.ndarray) -> KVCacheError | None:
+        """The error for blocks in these columns, sorted, if there is no room for them. With plain values only."""
