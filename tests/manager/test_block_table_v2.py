@@ -145,6 +145,7 @@ class V2Machine(RuleBasedStateMachine):
         assert stats.num_free_blocks == BLOCKS - len(self.used())
         assert stats.num_reserved_blocks <= stats.num_free_blocks
         assert stats.num_requests == len(self.row_of)
+        assert self.row_of or not stats.num_reserved_blocks
         assert (stats.num_allocations, stats.num_frees) == (self.given, self.returned)
         assert stats.num_empty_slots == slots - tokens
         assert stats.empty_slot_share == ((slots - tokens) / slots if slots else 0.0)
@@ -214,6 +215,28 @@ def test_a_sparse_table_past_its_capacity():
     v2.clear_row(0)
     v2.append_row(2, [0], 4)
     assert v2.get_row(2).tolist() == [0, -1, -1, -1, -1]
+
+
+def test_a_request_ends_with_its_row_though_its_blocks_live_on():
+    v2 = BlockTableV2(CONFIG, use_prediction=True, num_blocks=BLOCKS)
+    for _ in range(2):
+        held = v2.allocate_for_request("a", 0, 1)
+    assert v2.get_stats().num_reserved_blocks == 1  # as many as it has grown
+    v2.append_row(1, held, BLOCK)
+    v2.clear_row(0)
+    stats = v2.get_stats()
+    assert (stats.num_reserved_blocks, stats.num_used_blocks, stats.num_requests) == (0, 1, 0)
+    assert held[0] not in v2.allocate_for_request("a", 2, 5)
+
+
+def test_only_a_table_handed_out_is_copied():
+    v2 = BlockTableV2(CONFIG, num_blocks=BLOCKS)
+    kept = v2.table
+    v2.append_row(0, [1], 1)
+    not_kept = v2._rows.methods
+    v2.append_row(0, [2], 4)
+    assert not_kept.num_blocks.is_deleted()
+    assert kept.num_blocks.tolist() == [0] * ROWS
 
 
 def test_threads_that_fill_and_free_rows_of_their_own():
