@@ -39,7 +39,8 @@ class ControlPlane:
         self._width = table_config.max_num_blocks_per_req
         self.max_tokens_per_req = table_config.max_tokens_per_req
         self._row_capacity = self._width * len(self._groups)  # any one request fits
-        self._free_capacity = min(self._row_capacity, _FREED_IN_A_STEP)
+        # Where frees are put off, those of several requests come together.
+        self._free_capacity = _FREED_IN_A_STEP if horizon else min(self._row_capacity, _FREED_IN_A_STEP)
         self._num_requests = table_config.max_num_reqs
         self._host = DeviceType.CPU.devices()[0]
         self._marks = np.zeros(0, np.int32)  # blocks whose content became worth keeping since the last call
@@ -134,10 +135,11 @@ class ControlPlane:
     def free(self, rows: list[int]) -> None:
         """Drop the references of whole rows."""
         self._flush_marks()
+        capacity = max(self._row_capacity, self._free_capacity)
         while rows:
             blocks = np.cumsum(self.columns()[rows]) * len(self._groups)
-            fit = max(int(np.searchsorted(blocks, self._row_capacity, side="right")), 1)
-            self._state = _free(self._state, self._mask(rows[:fit]), capacity=self._row_capacity)
+            fit = max(int(np.searchsorted(blocks, capacity, side="right")), 1)
+            self._state = _free(self._state, self._mask(rows[:fit]), capacity=capacity)
             rows = rows[fit:]
 
     def truncate(self, rows: np.ndarray, num_tokens: np.ndarray) -> None:
@@ -268,7 +270,8 @@ class ControlPlane:
             return rows
         blocks = np.cumsum(self.columns()[rows][::-1])[::-1] * len(self._groups)  # of this row and those after it
         first = int(np.searchsorted(-blocks, -self._free_capacity))
-        self.free(rows[:first])
+        if first:
+            self.free(rows[:first])
         return rows[first:]
 
 
