@@ -23,6 +23,35 @@ METHODS = {
         "get_num_blocks": ["row_idx"],
         "get_total_blocks": [],
     },
+    "SparseBlockTable": {
+        "create": ["config"],
+        "set_block": ["row_idx", "position", "block_id"],
+        "get_block": ["row_idx", "position"],
+        "get_slot": ["row_idx", "position"],
+        "clear_row": ["row_idx"],
+        "to_dense": ["row_idx", "max_blocks"],
+    },
+    "PredictiveBlockAllocator": {
+        "__init__": ["total_blocks", "block_size", "prediction_horizon"],
+        "allocate": ["request_id", "num_blocks", "predict_future"],
+        "free": ["block_ids"],
+        "_predict_future_need": ["request_id"],
+        "get_num_free": [],
+    },
+    "BlockTableV2": {
+        "__init__": ["config", "use_sparse", "use_prediction"],
+        "append_row": ["row_idx", "block_ids", "num_tokens"],
+        "get_row": ["row_idx"],
+        "clear_row": ["row_idx"],
+        "compute_slot_mapping": ["row_idx", "num_tokens", "start_position"],
+        "allocate_for_request": ["request_id", "row_idx", "num_blocks"],
+        "get_stats": [],
+    },
+    "BlockTableFactory": {
+        "create_standard": ["block_size", "max_num_reqs", "max_blocks_per_req"],
+        "create_sparse": ["block_size"],
+        "create_v2": ["block_size", "use_sparse", "use_prediction"],
+    },
     "BlockInfo": {"increment_ref": [], "decrement_ref": [], "can_free": []},
     "CpuGpuBuffer": {
         "__init__": ["shape", "dtype"],
@@ -91,6 +120,12 @@ FIELDS = {
     "KVCacheConfig": ["num_layers", "num_heads", "head_dim", "num_blocks", "block_size", "dtype", "device"],
 }
 MEMBERS = {
+    "BlockAllocationStrategy": {
+        "CONTIGUOUS": "contiguous",
+        "SCATTERED": "scattered",
+        "NUMA_AWARE": "numa_aware",
+        "PREDICTIVE": "predictive",
+    },
     "DeviceType": {"CPU": "cpu", "CUDA": "cuda", "TPU": "tpu", "MPS": "mps"},
     "DType": {"FLOAT16": "float16", "BFLOAT16": "bfloat16", "FLOAT32": "float32", "INT8": "int8", "FP8": "fp8"},
 }

@@ -26,7 +26,7 @@ class BlockTableFactory:
         max_num_reqs: int = 256,
         max_blocks_per_req: int = 8192,
         num_blocks: int | None = None,
-        fan_out: int = 32,
+        fan_out: int | None = None,
         **sizes: int,
     ) -> SparseBlockTable:
         """A sparse table, with room for ``num_blocks`` blocks; wide rows cost it next to nothing."""

@@ -197,7 +197,7 @@ class PredictiveBlockAllocator:
                 raise OutOfBlocksError(
                     f"got a request for {count} blocks, want at most the {self._num_free()} free, reserves included"
                 )
-            ahead = self._predict_future_need(request, count) if predicts else 0
+            ahead = self._predict_future_need(request.name, count) if predicts else 0
             if missing + ahead > self._pool.num_free:
                 ahead = 0
             if missing > self._pool.num_free:
@@ -223,9 +223,10 @@ class PredictiveBlockAllocator:
         self._give_back_all()
         return self._pool.allocate(count, strategy, node)
 
-    def _predict_future_need(self, request: _Request, count: int) -> int:
+    def _predict_future_need(self, request_id: str, count: int = 0) -> int:
         """Blocks to reserve for a request that now gets ``count``."""
-        growth = request.growth + (count if request.calls else 0)
+        request = self._requests.get(request_id)
+        growth = 0 if request is None else request.growth + count
         remaining = float(self._predictor.remaining(np.array([growth]))[0])
         return int(min(remaining if np.isfinite(remaining) else growth, self._horizon))
 

@@ -1,0 +1,103 @@
+"""Tables, slot mappings and block sizes over one traffic: bytes, lookup times, attention times.
+
+    python -m benchmarks.tables --json FILE
+
+The traffic: prompts and answers log-normal with medians 512 and 256 and sigma 1.0, both together cut at 131,072 tokens;
+4,096 requests, each seen at a random moment of its answer; K and V as in Llama-3-8B (bfloat16, 131,072 bytes a token).
+
+- Tables: a dense one of 4,096 rows of 8,192 columns against a sparse one with room for the blocks in use and an eighth
+  more. Lookup: the slots of 256 tokens, and the dense view of 256 rows that attention reads.
+- Slot mappings: of every prompt, its blocks of 16 scattered: words of the compressed mapping against int32 slots.
+- Block sizes: see ``benchmarks.block_sizes``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import block_sizes, traffic
+from benchmarks.report import Row, argument_parser, medians_us, publish
+from pyagent_kv_jax import BlockTable, BlockTableConfig, SlotMapping, SparseBlockTable
+from pyagent_kv_jax.tables import append_rows, slots_of
+
+ROWS, BATCH, BLOCK_SIZE, SEED = 4_096, 256, 16, 0
+
+
+def filled(lengths: np.ndarray) -> tuple[BlockTable, SparseBlockTable]:
+    """Rows of these tokens, the same scattered blocks in both tables."""
+    config = BlockTableConfig(BLOCK_SIZE, len(lengths), traffic.LONGEST // BLOCK_SIZE)
+    counts = -(-lengths // BLOCK_SIZE)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    ids = np.random.default_rng(SEED).permutation(offsets[-1]).astype(np.int32)
+    tables = []
+    for empty in (BlockTable.create(config), SparseBlockTable.create(config, num_blocks=int(offsets[-1] * 9 // 8))):
+        table, ok = jax.jit(append_rows)(empty, ids, offsets, lengths.astype(np.int32))
+        assert bool(ok.all())
+        tables.append(table)
+    dense, sparse = tables
+    return dense, sparse
+
+
+def mapping_bytes(prompts: np.ndarray) -> tuple[int, int]:
+    """Bytes of the compressed mappings of all prompts, and of their int32 slots."""
+    rng, compressed = np.random.default_rng(SEED), 0
+    for length in prompts.tolist():
+        blocks = rng.choice(2**20, -(-length // BLOCK_SIZE), replace=False)
+        slots = (blocks[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).ravel()[:length].astype(np.int32)
+        slots = np.pad(slots, (0, -length % 1024), constant_values=-1)  # few shapes to compile
+        mapping, _ = SlotMapping(slots).compress(BLOCK_SIZE)
+        padding = 2 * (len(slots) > length)  # the run of -1s at the end
+        compressed += 4 * (int(mapping.num_words) - padding)
+    return compressed, 4 * int(prompts.sum())
+
+
+def lookups(dense: BlockTable, sparse: SparseBlockTable, lengths: np.ndarray) -> Iterator[Row]:
+    """Sparse beside dense: the next slots of a batch, and its rows as attention reads them."""
+    rng = np.random.default_rng(SEED)
+    rows = jnp.asarray(rng.choice(len(lengths), BATCH, replace=False), jnp.int32)
+    positions = jnp.asarray(lengths, jnp.int32)[rows] - 1
+    columns = int(np.quantile(lengths[np.asarray(rows)], 1.0)) // BLOCK_SIZE + 1
+    slots, view = jax.jit(slots_of), jax.jit(lambda table: table.to_dense_rows(rows, columns))
+    many = jax.jit(lambda table: jax.lax.scan(lambda at, _: (at ^ 1, slots_of(table, rows, at)), positions, None, 1000)[1])
+    np.testing.assert_array_equal(slots(dense, rows, positions), slots(sparse, rows, positions))
+    np.testing.assert_array_equal(view(dense), view(sparse))
+    for case, call, per, repeats in (
+        (f"slots of {BATCH} tokens, one call", lambda table: slots(table, rows, positions), 1, 301),
+        (f"slots of {BATCH} tokens, inside a scan", many, 1000, 15),
+        (f"view of {BATCH} rows, {columns} columns", view, 1, 101),
+    ):
+        times = medians_us({"sparse": lambda: call(sparse), "dense": lambda: call(dense)}, repeats=repeats, warmup=3)
+        yield Row(f"{case}, sparse", times["sparse"] / per, "dense", times["dense"] / per)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run, print, write."""
+    args: Any = argument_parser(__doc__).parse_args(argv)
+    flow = traffic.lengths(ROWS, SEED)
+    lengths = flow.in_flight(SEED)
+    dense, sparse = filled(lengths)
+    compressed, plain = mapping_bytes(flow.prompts)
+    bytes_of = {
+        "dense_table": dense.nbytes,
+        "sparse_table": sparse.nbytes,
+        "dense_by_sparse": round(dense.nbytes / sparse.nbytes, 1),
+        "blocks_in_use": int(-(-lengths // BLOCK_SIZE).sum()),
+        "compressed_slot_mappings": compressed,
+        "int32_slots": plain,
+        "slots_by_compressed": round(plain / compressed, 1),
+    }
+    for name, value in bytes_of.items():
+        print(f"{name.replace('_', ' ')}: {value:,}")
+    rows = list(lookups(dense, sparse, lengths))
+    sizes = block_sizes.compare(lengths)
+    print(block_sizes.table(sizes))
+    publish(rows, args.json, bytes=bytes_of, block_sizes=[size.as_dict() for size in sizes])
+
+
+if __name__ == "__main__":
+    main()
