@@ -13,12 +13,14 @@ from tqdm import tqdm
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.errors import CallbackError, InvalidArgumentError
 from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
+from pyagent_kv_jax.manager.options import ManagerOptions
 from pyagent_kv_jax.serving.cache_backend import CacheBackend
 from pyagent_kv_jax.serving.engine import Engine, EngineConfig
 from pyagent_kv_jax.serving.request import FinishReason, Request
 from pyagent_kv_jax.serving.sampling import GREEDY, SamplingParams
 
 TokenCallback = Callable[[int, int], Any]
+_STEPS_AHEAD = 16  # of decode, that blocks are reserved for; see benchmarks/prediction.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,8 @@ def generate(
         totals = [
             len(prompt) + each.max_tokens for prompt, each in zip(prompts, params, strict=True) for _ in range(each.n)
         ]
-        backend = KVCacheManager(cache_config or fitting_cache_config(model, totals, max_num_seqs=max_num_seqs))
+        config = cache_config or fitting_cache_config(model, totals, max_num_seqs=max_num_seqs)
+        backend = KVCacheManager(config, ManagerOptions(prediction_horizon=_STEPS_AHEAD))
     engine = Engine(model, backend, EngineConfig(max_num_seqs, token_budget))
     return serve(engine, prompts, params, on_token=on_token, progress=progress)
 

@@ -13,6 +13,7 @@ from pyagent_kv_jax.serving.demo import demo_model_directory
 
 ALL_OFF = ManagerOptions(prefix_caching=False)
 ALL_ON = ManagerOptions(
+    prediction_horizon=16,
     num_host_blocks=200,
     preemption_cost=PreemptionCost(prefill_tokens_per_second=1e-3, swap_bytes_per_second=1e12),  # swap, always
 )
