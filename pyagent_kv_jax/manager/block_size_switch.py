@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import jax
@@ -11,7 +12,9 @@ import numpy as np
 from pyagent_kv_jax.cache.block_size_change import BlockSizeChange, change_block_size
 from pyagent_kv_jax.cache.grouped_rows import GroupedRows
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
+from pyagent_kv_jax.errors import OutOfBlocksError
 from pyagent_kv_jax.manager.block_hash import BlockHasher
+from pyagent_kv_jax.manager.block_size_adaptation import BlockSizeChooser
 from pyagent_kv_jax.manager.control_plane import ControlPlane
 from pyagent_kv_jax.manager.events import AllBlocksCleared
 from pyagent_kv_jax.manager.manager_parts import ManagerParts
@@ -59,6 +62,16 @@ class ChangesBlockSize(ManagerParts):
         self.swap.change_block_size(config, on_host, self.hasher)
         self._enter_again()
         return BlockSizeReport(config.block_size, len(change.copy_src), len(on_host.copy_src), left_over)
+
+    def adapt_block_size(self, chooser: BlockSizeChooser) -> None:
+        """See ``KVCacheManager.adapt_block_size``."""
+        rows = self.rows.rows_of(tuple(self.rows.ids()))
+        swapped = [each.num_tokens for each in self.swap.requests.values()]
+        chooser.observe(np.concatenate([self.control.lengths()[rows], np.array(swapped, np.int32)]))
+        chooser.block_size = self.config.block_size
+        with contextlib.suppress(OutOfBlocksError):  # the requests of now have no room in the blocks of later
+            self.change_block_size(chooser.choose())
+        chooser.block_size = self.config.block_size
 
     def _change_of_tables(self, control: ControlPlane, config: KVCacheConfig) -> BlockSizeChange:
         table = control.state.table

@@ -24,6 +24,7 @@ from pyagent_kv_jax.errors import (
 )
 from pyagent_kv_jax.manager.admission import Batch, token_counts, token_ids
 from pyagent_kv_jax.manager.block_hash import NO_EXTRAS, CacheExtras
+from pyagent_kv_jax.manager.block_size_adaptation import BlockSizeChooser
 from pyagent_kv_jax.manager.block_size_switch import BlockSizeReport
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
 from pyagent_kv_jax.manager.manager_state import ManagerState
@@ -63,6 +64,7 @@ class KVCacheManager(ManagerViews):
         self._lock = threading.RLock()
         self._state = ManagerState(config, options)
         self._callbacks = PressureCallbacks(options.callback_timeout)
+        self._chooser: BlockSizeChooser | None = None
 
     # -- the pages ---------------------------------------------------------------------------------------------
 
@@ -364,6 +366,28 @@ class KVCacheManager(ManagerViews):
             report = self._state.change_block_size(block_size)
             self.config = self._state.config
             return report
+
+    def adapt_block_size(self, chooser: BlockSizeChooser | None = None) -> int:
+        """Look at the lengths of the requests that hold blocks, and change the block size if another one pays.
+
+        For now and then, say every few hundred steps. Where the present requests have no room in blocks of the better
+        size, the present one stays.
+
+        Args:
+            chooser: what weighs the sizes, with all it has seen. None: one of the manager's own.
+
+        Returns:
+            The block size in use then.
+
+        Raises:
+            InvalidArgumentError: a request has drafts that are not committed.
+        """
+        with self._lock:
+            if chooser is None:
+                chooser = self._chooser = self._chooser or BlockSizeChooser(self.config)
+            self._state.adapt_block_size(chooser)
+            self.config = self._state.config
+            return self.config.block_size
 
     # -- memory pressure ---------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from pyagent_kv_jax import (
 )
 from pyagent_kv_jax.cache.host_pages import HostPages, swap_in, swap_out
 from pyagent_kv_jax.cache.kv_pages import clear_blocks_in_place, copy_blocks_in_place
+from tests.cache.dense_reference import DenseReference
 
 ROWS, LAYERS, Q_HEADS, KV_HEADS, DIM, BLOCK, PAGE, BLOCKS = 3, 2, 4, 2, 8, 16, 4, 6
 HEADS = (Q_HEADS, KV_HEADS, KV_HEADS)  # of q, k and v
@@ -73,26 +74,28 @@ def left_over(pages: KVPages) -> np.ndarray:
     return np.stack([np.asarray(x).reshape(LAYERS, -1, *x.shape[1:])[:, used:] for x in (pages.k_pages, pages.v_pages)])
 
 
-def test_attention_is_that_of_plain_blocks() -> None:
-    rng = np.random.default_rng(0)
-    caches = [PagedKVCache.create(each) for each in (PLAIN, LEFT_OVER)]
-    caches = [  # NaN, so that reading what was never written shows
-        dataclasses.replace(cache, pages=jax.tree.map(lambda x: x * jnp.nan, cache.pages)) for cache in caches
-    ]
+def test_attention_is_that_of_a_dense_cache() -> None:
+    rng, references = np.random.default_rng(0), [DenseReference(ROWS) for _ in range(LAYERS)]
+    cache = PagedKVCache.create(LEFT_OVER)  # NaN, so that reading what was never written shows
+    cache = dataclasses.replace(cache, pages=jax.tree.map(lambda x: x * jnp.nan, cache.pages))
     for lens in ([17, 3, 0], [1, 0, 14], [2, 1, 1]):
-        tokens = [
-            rng.normal(size=(LAYERS, 32, heads, DIM)).astype(np.float32) for heads in (Q_HEADS, KV_HEADS, KV_HEADS)
-        ]
-        caches, outs, metas = zip(*(step(cache, np.array(lens), *tokens) for cache in caches), strict=True)
-        assert metas[0].ok.all()
-        assert np.abs(outs[0][:, : sum(lens)]).min() > 0
-        np.testing.assert_allclose(outs[1], outs[0], atol=1e-6)
-        for name in ("block_tables", "slot_mapping"):
-            np.testing.assert_array_equal(getattr(metas[1], name), getattr(metas[0], name))
-    np.testing.assert_array_equal(blocks_of(caches[1].pages), blocks_of(caches[0].pages))
-    for cache in caches:
-        cache.check_invariants()
-    assert np.isnan(left_over(caches[1].pages)).all()
+        q, k, v = (rng.normal(size=(LAYERS, 32, heads, DIM)).astype(np.float32) for heads in HEADS)
+        cache, outs, meta = step(cache, np.array(lens), q, k, v)
+        assert meta.ok.all()
+        assert meta.block_tables.shape == (ROWS, 3)  # of blocks, not of pages
+        starts = np.cumsum([0, *lens])
+        for layer, row in np.ndindex(LAYERS, ROWS):
+            at = slice(starts[row], starts[row + 1])
+            want = references[layer].attend(row, q[layer, at], k[layer, at], v[layer, at])
+            np.testing.assert_allclose(outs[layer, at], want, atol=1e-5)
+    for layer, row in np.ndindex(LAYERS, ROWS):
+        tokens = len(references[layer].k[row])
+        blocks = blocks_of(cache.pages)[:, layer, np.asarray(cache.table.blocks)[row, : -(-tokens // BLOCK)]]
+        stored = blocks.swapaxes(2, 3).reshape(2, -1, KV_HEADS, DIM)[:, :tokens]
+        np.testing.assert_array_equal(
+            stored, np.array([references[layer].k[row], references[layer].v[row]], np.float32)
+        )
+    assert np.isnan(left_over(cache.pages)).all()
 
 
 def test_blocks_are_copied_cleared_and_gathered_whole() -> None:
