@@ -144,6 +144,9 @@ class V2Machine(RuleBasedStateMachine):
         assert (stats.num_blocks, stats.num_used_blocks) == (BLOCKS, len(self.used()))
         assert stats.num_free_blocks == BLOCKS - len(self.used())
         assert stats.num_reserved_blocks <= stats.num_free_blocks
+        references, counts = self.v2._allocator._pool.ref_counts(), self.references()
+        assert all(references[block] == count for block, count in counts.items())
+        assert references.sum() == counts.total() + stats.num_reserved_blocks
         assert stats.num_requests == len(self.row_of)
         assert self.row_of or not stats.num_reserved_blocks
         assert (stats.num_allocations, stats.num_frees) == (self.given, self.returned)
