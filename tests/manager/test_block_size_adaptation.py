@@ -132,9 +132,9 @@ def test_what_stood_in_a_block_before_is_cleared() -> None:
     by_slot = np.asarray(manager.pages.k_pages).reshape(2, 88)
     for name, pages in [("first", 2), ("a", 12)]:  # what belongs to their own last blocks is cleared, and no more
         blocks = np.array(manager.get_block_table(name))
-        stored = by_slot[:, (blocks[:, None] * 8 + np.arange(8)).ravel()]
-        assert (stored[:, : 2 * pages] == 7).all()
-        assert (stored[:, 2 * pages :] == 0).all()
+        held = by_slot[:, (blocks[:, None] * 8 + np.arange(8)).ravel()]
+        assert (held[:, : 2 * pages] == 7).all()
+        assert (held[:, 2 * pages :] == 0).all()
 
 
 def test_what_cannot_be_changed_leaves_everything() -> None:
@@ -163,9 +163,44 @@ def test_what_cannot_be_changed_leaves_everything() -> None:
     manager.check_invariants()
 
 
-def test_the_host_pool_may_be_too_small() -> None:
+def test_what_was_reserved_comes_back() -> None:
     manager = make()
+    manager.reserve("a", 9)
+    manager.change_block_size(8)
+    assert manager.get_num_free_blocks() == 11 - 1 - 3
+    step(manager, ["a"], [2])
+    manager.change_block_size(4)  # none of the two was a draft
+    assert manager.num_tokens("a") == 25
+
+
+def test_a_block_of_which_a_window_let_go_in_part_is_not_cached() -> None:
+    """At 18 tokens blocks of 4 are gone that a query at 16, the end of the first block of 16, would see."""
+    config = dataclasses.replace(CONFIG, layer_groups=(LayerGroup((0,), sliding_window=14), LayerGroup((1,))))
+    manager = KVCacheManager(config, ManagerOptions(num_host_blocks=24))
+    manager.add_request("a", PROMPT[:18])
+    step(manager, ["a"], [18])
+    step(manager, ["a"], [0])
+    assert manager.get_block_table("a", 0)[0] == -1
+    manager.add_request("short", PROMPT[:17])
+    manager.add_request("long", [*PROMPT[:18], *PROMPT])
+    assert manager.lookup_prefix("short").num_tokens == 16
+    manager.change_block_size(16)
+    assert [manager.lookup_prefix(name).num_tokens for name in ("short", "long")] == [0, 0]
+    manager.preempt("a", "swap")
+    manager.change_block_size(8)
+    step(manager, ["a"], [1])
+    assert [manager.lookup_prefix(name).num_tokens for name in ("short", "long")] == [0, 0]
+    manager.check_invariants()
+
+
+def test_host_memory_changes_too() -> None:
+    manager = make()
+    rng = np.random.default_rng(0)
+    manager.pages = jax.tree.map(lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype)), manager.pages)
+    want = stored(manager, "a")
     manager.preempt(["first", "a"], "swap")
+    manager.reset_prefix_cache()
+    manager.pages = jax.tree.map(lambda x: x * 0, manager.pages)
     with pytest.raises(OutOfBlocksError, match=r"takes 2 of 40, want at most the 1 "):
         manager.change_block_size(40)
     assert manager.config == CONFIG
@@ -174,6 +209,16 @@ def test_the_host_pool_may_be_too_small() -> None:
     assert report.num_copied_on_host > 0
     assert manager.stats().num_host_blocks == 6
     assert manager.stats().num_free_host_blocks == 2
+    step(manager, ["a"], [0])
+    np.testing.assert_array_equal(stored(manager, "a"), want)
+
+
+def stored(manager: KVCacheManager, name: str) -> np.ndarray:
+    """[K or V, layers, tokens] of a request."""
+    size, positions = manager.config.block_size, np.arange(manager.num_tokens(name))
+    slots = np.array(manager.get_block_table(name))[positions // size] * size + positions % size
+    pages = np.stack([np.asarray(x).reshape(2, -1) for x in (manager.pages.k_pages, manager.pages.v_pages)])
+    return pages[:, :, slots]
 
 
 def test_adapting_follows_the_lengths() -> None:
