@@ -34,6 +34,8 @@ from pyagent_kv_jax.manager.step_plan import AdmissionPreview, StepPlan
 from pyagent_kv_jax.manager.swap_space import SwappedRequest
 from pyagent_kv_jax.tables.padding import padded
 
+_SHARE_OF_CACHED = 8  # of the free blocks with cached content, one in so many may be reserved at a time
+
 
 class ManagerState(ChangesBlockSize):
     """Changes of the parts. Not thread-safe."""
@@ -120,22 +122,25 @@ class ManagerState(ChangesBlockSize):
     ) -> np.ndarray | None:
         """Tokens i64[n] that the rows of a decode step get blocks for ahead; None: none, for others may want them.
 
-        Where even without that the blocks might not suffice, what is in reserve is given back first.
+        Hardly at the cost of cached content: who comes back for it saves more than a call of the control plane. Where
+        even without a reserve the blocks might not suffice, what is in reserve is given back first.
         """
         held = self._control.columns()[rows]
         held[list(starts)] = 0
         copies = len(rows) if self._control.may_copy else 0
 
-        def fit(tokens: np.ndarray) -> bool:
+        def blocks_for(tokens: np.ndarray) -> int:
             columns = np.maximum(-(-tokens // self.config.block_size) - held, 0)
-            return (int(columns.sum()) + copies) * len(self.config.groups) <= self._control.num_free()
+            return (int(columns.sum()) + copies) * len(self.config.groups)
 
+        free = self._control.num_free()
         if batch.num_tokens is None:
             self.ahead.missed(self._control, rows, lengths)
             wanted = self.ahead.wanted(rows, batch.counts, lengths)
-            if fit(lengths + wanted):
+            cached = self._control.num_cached_free()
+            if blocks_for(lengths + wanted) <= free - cached + cached // _SHARE_OF_CACHED:
                 return wanted
-        if not fit(lengths):
+        if blocks_for(lengths) > free:
             self._give_back_reserve()
         return None
 

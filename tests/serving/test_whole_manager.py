@@ -77,7 +77,7 @@ def test_64_requests_with_everything_on_give_the_tokens_of_everything_off(load, 
     print(stats, served, f"{sum(moved)} blocks moved")
     assert len(on.config.groups) == (1 if load is demo_model else 6)
     assert on.get_num_free_blocks() == num_blocks
-    assert stats.hit_rate > 0.15
+    assert stats.hit_rate > 0.14
     assert stats.num_swapped_in > 1
     assert stats.num_swapped_out == stats.num_swapped_in == served.num_swapped
     assert stats.num_copied_blocks > 5
