@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import numpy as np
+import pytest
 from serving_models import CONFIG, small_model
 
 from pyagent_kv_jax import KVCacheManager
@@ -11,6 +14,7 @@ from pyagent_kv_jax.serving import Engine, EngineConfig, SamplingParams, serve
 from tests.models.prompt_attention import PromptAttention, prompt_metadata
 
 
+@pytest.mark.skipif(os.environ.get("PYAGENT_KV_LONG_TESTS") != "1", reason="PYAGENT_KV_LONG_TESTS=1 runs it")
 def test_answers_do_not_depend_on_the_block_size():
     model, rng = small_model(), np.random.default_rng(7)
     shared = rng.integers(0, CONFIG.vocab_size - 1, 21).tolist()
