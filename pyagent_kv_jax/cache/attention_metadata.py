@@ -8,6 +8,8 @@ from typing import Any, Protocol, Self
 
 import jax
 
+from pallas_kernels import CompressedSlotMapping
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -24,7 +26,8 @@ class AttentionMetadata:
         block_tables: i32[R, W], padding -1. Block ids within a layer, not yet page ids.
         kv_lens: i32[R], tokens of each row after this step; 0 for rows that take no part.
         query_start_loc: i32[R + 1], where each row's tokens start among the T; None: token r belongs to row r.
-        slot_mapping: i32[T], where each token's K and V go; -1: nowhere.
+        slot_mapping: i32[T], where each token's K and V go; -1: nowhere. Or the same as a
+            ``CompressedSlotMapping``.
         positions: i32[T], position of each token in its sequence; 0 for padding.
         ok: bool[R], whether the row was served; a refused row's tokens are neither written nor attended.
         max_query_len: static; no row brings more tokens than this. None: no bound known.
@@ -34,7 +37,7 @@ class AttentionMetadata:
     block_tables: jax.Array
     kv_lens: jax.Array
     query_start_loc: jax.Array | None
-    slot_mapping: jax.Array
+    slot_mapping: Any
     positions: jax.Array
     ok: jax.Array
     max_query_len: int | None = None
@@ -42,13 +45,13 @@ class AttentionMetadata:
 
     def cut(self, num_rows: int, num_tokens: int) -> Self:
         """The first rows and tokens of a step that was padded to more."""
-        decode = self.query_start_loc is None
+        decode, slots = self.query_start_loc is None, self.slot_mapping
         return dataclasses.replace(
             self,
             block_tables=self.block_tables[..., :num_rows, :],
             kv_lens=self.kv_lens[:num_rows],
             query_start_loc=None if self.query_start_loc is None else self.query_start_loc[: num_rows + 1],
-            slot_mapping=self.slot_mapping[..., :num_tokens],
+            slot_mapping=slots if isinstance(slots, CompressedSlotMapping) else slots[..., :num_tokens],
             positions=self.positions[:num_tokens],
             ok=self.ok[:num_rows],
             max_query_len=1 if decode else num_tokens,

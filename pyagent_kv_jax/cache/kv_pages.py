@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pallas_kernels import paged_attention, paged_copy, paged_gather, paged_write
+from pallas_kernels import CompressedSlotMapping, paged_attention, paged_copy, paged_gather, paged_write
 from pallas_kernels.page_ids import nowhere_if_invalid, report_out_of_range
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
@@ -68,23 +68,28 @@ class KVPages:
             config=config,
         )
 
-    def write(self, layer: ArrayLike, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> Self:
+    def write(
+        self, layer: ArrayLike, k: jax.Array, v: jax.Array, slot_mapping: jax.Array | CompressedSlotMapping
+    ) -> Self:
         """Store ``k`` [T, num_heads, head_dim] and ``v`` [T, num_heads, v_head_dim] of ``layer`` at the slots.
 
         Args:
             layer: i32[], may be traced.
             k: any float dtype; quantised or cast to the pages' dtype on the way in.
             v: likewise.
-            slot_mapping: i32[T], slots within a layer; -1 is dropped. One outside the pool is a ``checkify`` error;
-                outside checking mode it is dropped too.
+            slot_mapping: i32[T], slots within a layer, or the same compressed; -1 is dropped. One outside the pool is a
+                ``checkify`` error; outside checking mode it is dropped too.
 
         Raises:
             ShapeMismatchError: heads, head_dim or T do not fit.
         """
-        self._check_tokens(k, v, slot_mapping)
+        slots = slot_mapping
+        if isinstance(slots, CompressedSlotMapping):
+            slots = slots.expand(k.shape[0])
+        self._check_tokens(k, v, slots)
         config = self.config
         first = self._span_index(layer) * (config.pages_per_layer * config.page_size)
-        slots = _within(slot_mapping, config.pool_blocks * config.block_size, first, "slot_mapping")
+        slots = _within(slots, config.pool_blocks * config.block_size, first, "slot_mapping")
         k_pages, v_pages = paged_write(
             self.k_pages,
             self.v_pages,
@@ -140,7 +145,7 @@ class KVPages:
         tables, slot_mapping = meta.block_tables, meta.slot_mapping
         if len(config.groups) > 1:
             group = _per_layer(config, lambda group, _: group)[layer]
-            tables, slot_mapping = tables[group], slot_mapping[group]
+            tables, slot_mapping = jax.tree.map(lambda groups: groups[group], (tables, slot_mapping))
         pages = self.write(layer, k, v, slot_mapping)
         out = paged_attention(
             q,

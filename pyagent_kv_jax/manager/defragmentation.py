@@ -17,13 +17,16 @@ class DefragmentationReport:
 
     Attributes:
         num_moved: blocks whose content was copied.
-        num_in_use: blocks that requests hold; their ids are 0 .. num_in_use - 1 now.
+        num_in_use: blocks that requests hold; if any were moved, their ids are 0 .. num_in_use - 1 now.
         num_cached: free blocks with cached content; they follow where they were not in the way.
+        run_share: before, how many of the blocks that requests hold stood right behind the one before, of those that
+            have one before; 1.0 if none have.
     """
 
     num_moved: int
     num_in_use: int
     num_cached: int
+    run_share: float
 
 
 def compacting(in_use: np.ndarray) -> np.ndarray:
@@ -53,6 +56,14 @@ def in_runs(blocks: np.ndarray, in_use: np.ndarray) -> np.ndarray:
     new_ids[order] = np.arange(len(order))
     new_ids[~in_use] = np.arange(len(order), len(in_use))
     return new_ids
+
+
+def run_share(blocks: np.ndarray) -> float:
+    """Of the blocks in ``blocks`` i32[rows, columns], padding -1, that follow another: the share right behind it."""
+    before, after = blocks[:, :-1], blocks[:, 1:]
+    follows = (before >= 0) & (after >= 0)
+    number = int(follows.sum())
+    return float((follows & (after == before + 1)).sum() / number) if number else 1.0
 
 
 @jax.jit

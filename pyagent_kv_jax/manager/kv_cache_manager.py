@@ -334,16 +334,17 @@ class KVCacheManager(ManagerViews):
 
     # -- order ---------------------------------------------------------------------------------------------------
 
-    def defragment(self, *, runs: bool = False) -> DefragmentationReport:
+    def defragment(self, *, runs: bool = False, below: float | None = None) -> DefragmentationReport:
         """Move the blocks in use to the lowest ids by one batched copy; tables and keys follow. Costs O(pool).
 
         Args:
-            runs: also put each request's blocks into one run, as far as none is shared; moves more.
+            runs: also put each request's blocks into one run, as far as none is shared; moves more. Attention through
+                small blocks is faster where they stand in runs.
+            below: move nothing unless less than this share of the blocks stands right behind the one before, so that
+                it can be called every few steps. None: move in any case.
         """
         with self._lock:
-            return self._state.defragment(runs)
-
-    # -- block size --------------------------------------------------------------------------------------------
+            return self._state.defragment(runs, float("inf") if below is None else below)
 
     def change_block_size(self, block_size: int) -> BlockSizeReport:
         """Give all that requests hold blocks of another size, here and in host memory; ``config`` changes with it.

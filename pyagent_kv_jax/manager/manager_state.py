@@ -6,7 +6,7 @@ changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -21,23 +21,20 @@ from pyagent_kv_jax.errors import (
 from pyagent_kv_jax.manager import defragmentation
 from pyagent_kv_jax.manager.admission import Batch
 from pyagent_kv_jax.manager.block_hash import BlockKeys, CacheExtras
-from pyagent_kv_jax.manager.block_size_switch import ChangesBlockSize
 from pyagent_kv_jax.manager.control_plane import NO_HITS, ControlPlane, Extended
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
 from pyagent_kv_jax.manager.events import AllBlocksCleared, BlocksSwapped
 from pyagent_kv_jax.manager.known_tokens import TokenRecord
 from pyagent_kv_jax.manager.prefix_cache import PrefixHit
-from pyagent_kv_jax.manager.prefix_filling import Filling
 from pyagent_kv_jax.manager.request_rows import check_distinct
 from pyagent_kv_jax.manager.request_start import NO_LIMIT, Start, hits_of, restored_by
 from pyagent_kv_jax.manager.step_plan import AdmissionPreview, StepPlan
+from pyagent_kv_jax.manager.steps_in_reserve import StepsInReserve
 from pyagent_kv_jax.manager.swap_space import SwappedRequest
 from pyagent_kv_jax.tables.padding import padded
 
-_SHARE_OF_CACHED = 8  # of the free blocks with cached content, one in so many may be reserved at a time
 
-
-class ManagerState(ChangesBlockSize):
+class ManagerState(StepsInReserve):
     """Changes of the parts. Not thread-safe."""
 
     def register(self, request_id: str, tokens: np.ndarray, extras: CacheExtras, may_read: bool) -> None:
@@ -53,6 +50,7 @@ class ManagerState(ChangesBlockSize):
             self._check_known(batch.freed)
         freed_rows = [self.rows.row_of(i) for i in batch.freed if i in self.rows]
         if self.ahead.horizon and (plan := self._step_in_reserve(batch, freed_rows)) is not None:
+            self._forget_freed(batch.freed)
             return plan
         rows, starts = self._rows_and_starts(batch.ids, freed_rows)
         counts = batch.counts
@@ -98,60 +96,6 @@ class ManagerState(ChangesBlockSize):
             filling = self._filling(rows, (lengths - self._drafts[rows]) * (counts > 0))
         self._enter(filling, ok, np.asarray(meta.block_tables))
         return StepPlan(batch.ids, ok, counts.astype(np.int32), meta, cached.astype(np.int32))
-
-    def _step_in_reserve(self, batch: Batch, freed_rows: list[int]) -> StepPlan | None:
-        """A decode step of requests that all have blocks in reserve for it; None: it takes the control plane."""
-        rows = self.rows.rows_of(batch.ids)
-        if batch.num_tokens is not None or not len(rows) or rows.min() < 0:
-            return None
-        if self._drafts.any() or self._expected.any():
-            return None
-        batch.check_fit(batch.counts)
-        lengths = self._lengths_after(batch.ids, rows, {}, batch.counts)
-        meta = self.ahead.serve(self._control, rows, batch.counts, batch.num_rows)
-        if meta is None:
-            return None
-        filling, ok = self._filling(rows, lengths * (batch.counts > 0)), np.ones(len(rows), bool)
-        self._enter(filling, ok, np.asarray(meta.block_tables))
-        self.ahead.take(self._control, rows, batch.counts, freed_rows)
-        self._forget_freed(batch.freed)
-        return StepPlan(batch.ids, ok, batch.counts.astype(np.int32), meta, np.zeros(len(rows), np.int32))
-
-    def _reserve_ahead(
-        self, batch: Batch, rows: np.ndarray, starts: Mapping[int, Start], lengths: np.ndarray
-    ) -> np.ndarray | None:
-        """Tokens i64[n] that the rows of a decode step get blocks for ahead; None: none, for others may want them.
-
-        Hardly at the cost of cached content: who comes back for it saves more than a call of the control plane. Where
-        even without a reserve the blocks might not suffice, what is in reserve is given back first.
-        """
-        held = self._control.columns()[rows]
-        held[list(starts)] = 0
-        copies = len(rows) if self._control.may_copy else 0
-
-        def blocks_for(tokens: np.ndarray) -> int:
-            columns = np.maximum(-(-tokens // self.config.block_size) - held, 0)
-            return (int(columns.sum()) + copies) * len(self.config.groups)
-
-        free = self._control.num_free()
-        if batch.num_tokens is None:
-            self.ahead.missed(self._control, rows, lengths)
-            wanted = self.ahead.wanted(rows, batch.counts, lengths)
-            cached = self._control.num_cached_free()
-            if blocks_for(lengths + wanted) <= free - cached + cached // _SHARE_OF_CACHED:
-                return wanted
-        if blocks_for(lengths) > free:
-            self._give_back_reserve()
-        return None
-
-    def _give_back_reserve(self) -> bool:
-        """Free what decode steps have in reserve; whether there was any."""
-        control = self.control
-        if not self.ahead.reserved(control).any():
-            return False
-        control.give_back(self.ahead.reserving)
-        self.ahead.given_back()
-        return True
 
     def _note_drafts(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """Rows that have just gained ``counts`` tokens, some of them expected to be drafts."""
@@ -301,14 +245,6 @@ class ManagerState(ChangesBlockSize):
                 self.pages = self.swap.copy_in(self.pages, host, blocks)
         if len(src):
             self.pages = copy_blocks_in_place(self.pages, padded(src), padded(dst))
-
-    def _filling(self, rows: np.ndarray, lengths: np.ndarray, starts: Mapping[int, Start] = {}) -> Filling | None:
-        return self.filler.plan(rows, lengths, starts) if self.options.prefix_caching else None
-
-    def _enter(self, filling: Filling | None, ok: np.ndarray, tables: np.ndarray) -> None:
-        if filling is not None:
-            for entered in self.filler.enter(filling, ok, tables, self._hollow):
-                self._control.mark_cached(entered)
 
     # -- giving back -------------------------------------------------------------------------------------------
 
@@ -475,14 +411,15 @@ class ManagerState(ChangesBlockSize):
 
     # -- order -------------------------------------------------------------------------------------------------
 
-    def defragment(self, runs: bool) -> DefragmentationReport:
+    def defragment(self, runs: bool, below: float) -> DefragmentationReport:
         """See ``KVCacheManager.defragment``."""
         state = self.control.state
         in_use, cached = self.control.ref_counts() > 0, np.asarray(state.pool.cached)
-        if runs:
-            new_ids = defragmentation.in_runs(np.asarray(state.table.blocks), in_use)
-        else:
-            new_ids = defragmentation.compacting(in_use)
+        blocks = np.asarray(state.table.blocks)
+        run_share = defragmentation.run_share(blocks)
+        if run_share >= below:
+            return DefragmentationReport(0, int(in_use.sum()), int((cached & ~in_use).sum()), run_share)
+        new_ids = defragmentation.in_runs(blocks, in_use) if runs else defragmentation.compacting(in_use)
         moved = np.flatnonzero((in_use | cached) & (new_ids != np.arange(len(new_ids)))).astype(np.int32)
         if len(moved):
             self.control.rearrange(defragmentation.renamed(state, new_ids))
@@ -490,4 +427,4 @@ class ManagerState(ChangesBlockSize):
             self.prefixes.remap(named, new_ids[named])
             if self.pages is not None:
                 self.pages = copy_blocks_in_place(self.pages, padded(moved), padded(new_ids[moved]))
-        return DefragmentationReport(len(moved), int(in_use.sum()), int((cached & ~in_use).sum()))
+        return DefragmentationReport(len(moved), int(in_use.sum()), int((cached & ~in_use).sum()), run_share)

@@ -20,6 +20,7 @@ from pyagent_kv_jax import (
     PagedKVCache,
     RequestTooLongError,
     ShapeMismatchError,
+    SlotMapping,
     UnknownRequestError,
 )
 from tests.cache.dense_reference import DenseReference
@@ -307,3 +308,20 @@ def test_blocks_are_copied_and_gathered_over_all_layers() -> None:
     np.testing.assert_array_equal(after_v[:, :13], want_v)
     np.testing.assert_array_equal(after_k[:, 13], 0)
     assert np.abs(want_k - before_k).max() > 0
+
+
+@pytest.mark.parametrize("kernel_block_size", [None, 2])
+def test_a_compressed_slot_mapping_is_taken_as_it_is(kernel_block_size: int | None) -> None:
+    rng, lens = np.random.default_rng(5), jnp.array([7, 0, 9])
+    config = dataclasses.replace(CONFIG, kernel_block_size=kernel_block_size)
+    cache, meta = PagedKVCache.create(config).extend(lens, num_tokens=18)
+    q, k, v = (x[0] for x in random_tokens(rng, 18))
+
+    @jax.jit
+    def attend(cache: PagedKVCache, meta: AttentionMetadata) -> tuple[jax.Array, PagedKVCache]:
+        return cache.attend(jnp.int32(1), q, k, v, meta)
+
+    mapping, _ = SlotMapping(meta.slot_mapping).compress(config.block_size, capacity=8)
+    chex.assert_trees_all_equal(
+        attend(cache, meta), attend(cache, dataclasses.replace(meta, slot_mapping=mapping).cut(ROWS, 18))
+    )

@@ -71,6 +71,20 @@ def test_a_swapped_request_comes_back_as_it_was(zero: bool, cached: int) -> None
         assert manager.get_block_table("a")[:2] == manager.get_block_table("same")
 
 
+def test_blocks_that_stand_in_runs_are_left_alone() -> None:
+    manager = make()
+    manager.free("before")
+    for name in ("x", "a", "y", "a", "x", "a"):  # one block each, in turns
+        manager.step([name], [4], num_rows=4, num_tokens=64)
+    left = manager.defragment(runs=True, below=0.1)
+    assert left.num_moved == 0
+    assert 0.1 < left.run_share < 0.9
+    moved = manager.defragment(runs=True, below=0.9)
+    assert (moved.num_moved > 0, moved.run_share) == (True, left.run_share)
+    assert np.all(np.diff(manager.get_block_table("a")) == 1)
+    assert manager.defragment(runs=True, below=0.9).num_moved == 0
+
+
 @pytest.mark.parametrize("runs", [False, True])
 def test_a_block_that_moves_takes_its_bytes_along(runs: bool) -> None:
     manager = make()
