@@ -143,9 +143,9 @@ def test_prefixes_of_live_requests_are_found_under_the_new_size() -> None:
     assert manager.minimum_reusable_length == 7
     assert step(manager, ["later"], [24])[0] == 18
     assert manager.get_block_table("later")[:3] == manager.get_block_table("a")[:3]
-    manager.record_tokens("a", [7])
+    manager.record_tokens("a", [5])
     step(manager, ["a"], [1])
-    manager.add_request("last", [*PROMPT, 7, 8])
+    manager.add_request("last", [*PROMPT, 5, 8])
     assert manager.lookup_prefix("last").num_tokens == 24  # tokens from before the change and from after it
     kinds = [type(event) for event in manager.events.drain()]
     assert kinds.count(AllBlocksCleared) == 1
