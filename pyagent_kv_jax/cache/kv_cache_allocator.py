@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from functools import partial
-from typing import Any
 
-import jax
 import numpy as np
 
 from pyagent_kv_jax.arguments import integer
 from pyagent_kv_jax.cache.block_views import KVCacheBlock
-from pyagent_kv_jax.config import BlockAllocationStrategy, DeviceType, KVCacheConfig
-from pyagent_kv_jax.errors import DoubleFreeError, InvalidArgumentError, InvalidBlockError, OutOfBlocksError
-from pyagent_kv_jax.pool import BlockPool, allocate_blocks, require_allocated, require_nodes
-from pyagent_kv_jax.tables.padding import padded, power_of_two
+from pyagent_kv_jax.config import BlockAllocationStrategy, KVCacheConfig
+from pyagent_kv_jax.errors import DoubleFreeError, InvalidArgumentError, InvalidBlockError
+from pyagent_kv_jax.pool.host_pool import HostPool
 
 _DEVICE, _HOST = False, True  # keys of the pools: ``KVCacheBlock.on_host``
 _SCATTERED = BlockAllocationStrategy.SCATTERED
@@ -51,13 +47,8 @@ class KVCacheAllocator:
         self._init_pools(config.pool_blocks if num_host_blocks is None else num_host_blocks)
 
     def _init_pools(self, num_host_blocks: int) -> None:
-        host = DeviceType.CPU.devices()[0]
-        with jax.default_device(host):
-            pools = {_DEVICE: BlockPool.create(self.config.pool_blocks), _HOST: BlockPool.create(num_host_blocks)}
-        # Committed, so that the numpy arguments of every call follow them.
-        self._pools: dict[bool, BlockPool] = jax.device_put(pools, host)
-        for on_host, pool in pools.items():
-            require_nodes(pool.num_blocks, self._num_nodes[on_host])
+        sizes = {_DEVICE: self.config.pool_blocks, _HOST: num_host_blocks}
+        self._pools = {on_host: HostPool(size, self._num_nodes[on_host]) for on_host, size in sizes.items()}
 
     def allocate_gpu_block(self, layer_idx: int = 0) -> KVCacheBlock:
         """A block of the device for the group of layer ``layer_idx``; raises as ``allocate_gpu_blocks``."""
@@ -100,7 +91,7 @@ class KVCacheAllocator:
         shared = block.acquire()
         with self._lock:
             self._check_held([block], InvalidBlockError)
-            self._pools[block.on_host] = _share(self._pools[block.on_host], np.array([block.block_id], np.int32))
+            self._pools[block.on_host].take(np.array([block.block_id], np.int32))
         return shared
 
     def free_block(self, block: KVCacheBlock) -> KVCacheBlock:
@@ -128,7 +119,7 @@ class KVCacheAllocator:
             for on_host in (_DEVICE, _HOST):
                 ids = [block.block_id for block in blocks if block.on_host == on_host]
                 if ids:
-                    self._pools[on_host] = _free(self._pools[on_host], padded(np.array(ids, np.int32)))
+                    self._pools[on_host].free(np.array(ids, np.int32))
         return released
 
     def get_num_free_gpu_blocks(self) -> int:
@@ -145,7 +136,7 @@ class KVCacheAllocator:
 
     def _num_free(self, on_host: bool) -> int:
         with self._lock:
-            return int(_count_free(self._pools[on_host]))
+            return self._pools[on_host].num_free
 
     def _allocate(
         self, on_host: bool, n: int, layer_idx: int, strategy: BlockAllocationStrategy, node: int | None
@@ -154,31 +145,8 @@ class KVCacheAllocator:
         if count < 0:
             raise InvalidArgumentError(f"n: got {count}, want 0 or more")
         with self._lock:
-            if strategy == _SCATTERED and node is None:
-                ids = self._allocate_any(on_host, count)
-            else:
-                ids = self._allocate_by(strategy, node, on_host, count)
-        return [self._view(block_id, on_host, group) for block_id in ids]
-
-    def _allocate_any(self, on_host: bool, count: int) -> list[int]:
-        if not count:
-            return []
-        pool = self._pools[on_host]
-        free = int(_count_free(pool))
-        if count > free:
-            where = "host" if on_host else "device"
-            raise OutOfBlocksError(f"got a request for {count} blocks of the {where}, want at most the {free} free")
-        self._pools[on_host], ids = _take(pool, np.array([count], np.int32), capacity=power_of_two(count))
-        return np.array(ids)[:count].tolist()
-
-    def _allocate_by(self, strategy: BlockAllocationStrategy, node: int | None, on_host: bool, count: int) -> list[int]:
-        counts, num_nodes = np.array([count], np.int32), self._num_nodes[on_host]
-        capacity = power_of_two(count)
-        how: dict[str, Any] = {"strategy": strategy, "node": node, "num_nodes": num_nodes}
-        pool, admission = allocate_blocks(self._pools[on_host], counts, capacity=capacity, **how)
-        require_allocated(pool, counts, admission, strategy)
-        self._pools[on_host] = pool
-        return np.asarray(admission.ids)[:count].tolist()
+            ids = self._pools[on_host].allocate(count, strategy, node)
+        return [self._view(block_id, on_host, group) for block_id in ids.tolist()]
 
     def _view(self, block_id: int, on_host: bool, group: int) -> KVCacheBlock:
         config = self.config
@@ -202,40 +170,11 @@ class KVCacheAllocator:
         """Every block has, in its pool, as many references as it is named here; before anything changes."""
         for on_host in (_DEVICE, _HOST):
             pool = self._pools[on_host]
-            ids, times = np.unique([b.block_id for b in blocks if b.on_host == on_host], return_counts=True)
+            named = np.array([b.block_id for b in blocks if b.on_host == on_host], np.int32)
+            ids, times = np.unique(named, return_counts=True)
             where = f"blocks of the {'host' if on_host else 'device'}"
             outside = ids >= pool.num_blocks
             if outside.any():
                 raise InvalidBlockError(f"{where}: got {ids[outside].tolist()}, want 0 to {pool.num_blocks - 1}")
-            if not len(ids):
-                continue
-            held = np.asarray(_references(pool, padded(np.array(ids, np.int32))))[: len(ids)]
-            if (held < times).any():
-                raise error(f"{where}: got {ids[held < times].tolist()}, want blocks with that many references")
-
-
-@partial(jax.jit, donate_argnums=0, static_argnames="capacity")
-def _take(pool: BlockPool, counts: jax.Array, *, capacity: int) -> tuple[BlockPool, jax.Array]:
-    pool, admission = pool.allocate(counts, capacity=capacity)
-    return pool, admission.ids
-
-
-@partial(jax.jit, donate_argnums=0)
-def _free(pool: BlockPool, ids: jax.Array) -> BlockPool:
-    return pool.free(ids)[0]
-
-
-@partial(jax.jit, donate_argnums=0)
-def _share(pool: BlockPool, ids: jax.Array) -> BlockPool:
-    return pool.share(ids)[0]
-
-
-@jax.jit
-def _count_free(pool: BlockPool) -> jax.Array:
-    return pool.num_free
-
-
-@jax.jit
-def _references(pool: BlockPool, ids: jax.Array) -> jax.Array:
-    """i32[n], of blocks ``ids``; what stands for padding is of no use."""
-    return pool.ref_counts[ids]
+            if (lacking := pool.ref_counts()[ids] < times).any():
+                raise error(f"{where}: got {ids[lacking].tolist()}, want blocks with that many references")

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 
 from pyagent_kv_jax.cache.block_size_change import BlockSizeChange, change_block_size
 from pyagent_kv_jax.cache.kv_cache_transfer import KVCacheTransfer
 from pyagent_kv_jax.cache.kv_pages import KVPages
-from pyagent_kv_jax.config import DeviceType, KVCacheConfig
+from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.manager.block_hash import BlockHasher
 from pyagent_kv_jax.manager.known_tokens import TokenRecord
-from pyagent_kv_jax.pool import BlockPool
-from pyagent_kv_jax.pool.queues import Counters
-from pyagent_kv_jax.tables.padding import padded, power_of_two
+from pyagent_kv_jax.pool.host_pool import HostPool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +51,7 @@ class SwapSpace:
     @property
     def num_free(self) -> int:
         """Host blocks that are free."""
-        return 0 if self._pool is None else int(Counters(*np.asarray(self._pool.counters)).num_free)
+        return 0 if self._pool is None else self._pool.num_free
 
     def put(self, request_id: str, swapped: SwappedRequest) -> None:
         """Keep a request that ``allocate`` found room for."""
@@ -68,8 +65,7 @@ class SwapSpace:
         out = np.full(wanted.shape, -1, np.int32)
         if count:
             assert self._pool is not None
-            self._pool, admitted = self._pool.allocate(np.array([count]), capacity=power_of_two(count))
-            out[wanted >= 0] = np.asarray(admitted.ids)[:count]
+            out[wanted >= 0] = self._pool.allocate(count)
         return out
 
     def drop(self, request_id: str) -> SwappedRequest:
@@ -82,7 +78,7 @@ class SwapSpace:
         """Free host blocks."""
         if len(ids):
             assert self._pool is not None
-            self._pool, _ = self._pool.free(padded(ids))
+            self._pool.free(ids)
 
     def block_size_change(self, config: KVCacheConfig) -> BlockSizeChange:
         """What becomes of the blocks if they are those of ``config``, row ``g * n + i`` group g of request i of n.
@@ -98,7 +94,7 @@ class SwapSpace:
         return change_block_size(
             tables.reshape(-1, width),
             np.tile(np.array([each.num_tokens for each in requests], np.int64), groups),
-            np.zeros(0, np.int32) if self._pool is None else np.asarray(self._pool.ref_counts),
+            np.zeros(0, np.int32) if self._pool is None else self._pool.ref_counts(),
             old_size=self._config.block_size,
             new_size=config.block_size,
             page_size=config.page_size,
@@ -131,10 +127,6 @@ class SwapSpace:
         return self._transfer.swap_in(pages, host_blocks, blocks)
 
 
-def _pool_of(ref_counts: np.ndarray) -> BlockPool | None:
-    """A pool on the host's CPU device, of blocks with so many references; None: of no blocks."""
-    if not len(ref_counts):
-        return None
-    host = DeviceType.CPU.devices()[0]
-    with jax.default_device(host):
-        return jax.device_put(BlockPool.with_references(ref_counts), host)
+def _pool_of(ref_counts: np.ndarray) -> HostPool | None:
+    """A pool of blocks with so many references; None: of no blocks."""
+    return HostPool(len(ref_counts), ref_counts=ref_counts) if len(ref_counts) else None

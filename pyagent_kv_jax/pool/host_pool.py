@@ -24,20 +24,31 @@ class HostPool:
     Whatever raises does so before anything changes.
     """
 
-    def __init__(self, num_blocks: int, num_nodes: int = 1) -> None:
-        """All blocks free, spread over ``num_nodes`` nodes in equal ranges of ids.
+    def __init__(self, num_blocks: int, num_nodes: int = 1, ref_counts: np.ndarray | None = None) -> None:
+        """Blocks that are spread over ``num_nodes`` nodes in equal ranges of ids.
+
+        Args:
+            num_blocks: N.
+            num_nodes: divides N.
+            ref_counts: i32[N], references that they have. None: all are free.
 
         Raises:
             ConfigError: not a count of blocks, or nodes that do not divide it.
+            InvalidBlockError: a negative count of references.
             DeviceUnavailableError: JAX's CPU backend is hidden.
         """
         host = DeviceType.CPU.devices()[0]
         with jax.default_device(host):
-            pool = BlockPool.create(num_blocks)
+            pool = BlockPool.create(num_blocks) if ref_counts is None else BlockPool.with_references(ref_counts)
         require_nodes(num_blocks, num_nodes)
         self._num_nodes = num_nodes
         # Committed, so that the numpy arguments of every call follow it.
         self._pool: BlockPool = jax.device_put(pool, host)
+
+    @property
+    def pool(self) -> BlockPool:
+        """The pool as it is; valid until the next call."""
+        return self._pool
 
     @property
     def num_blocks(self) -> int:
