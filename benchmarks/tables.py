@@ -14,6 +14,7 @@ The traffic: prompts and answers log-normal with medians 512 and 256 and sigma 1
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from pyagent_kv_jax import BlockTable, BlockTableConfig, SlotMapping, SparseBloc
 from pyagent_kv_jax.tables import append_rows, slots_of
 
 ROWS, BATCH, BLOCK_SIZE, SEED = 4_096, 256, 16, 0
+IN_A_SCAN = 1_000
 
 
 def filled(lengths: np.ndarray) -> tuple[BlockTable, SparseBlockTable]:
@@ -49,10 +51,9 @@ def mapping_bytes(prompts: np.ndarray) -> tuple[int, int]:
     for length in prompts.tolist():
         blocks = rng.choice(2**20, -(-length // BLOCK_SIZE), replace=False)
         slots = (blocks[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).ravel()[:length].astype(np.int32)
-        slots = np.pad(slots, (0, -length % 1024), constant_values=-1)  # few shapes to compile
+        slots = np.pad(slots, (0, -length % 1024), constant_values=-1)  # few shapes to compile; -1s at the end take no words
         mapping, _ = SlotMapping(slots).compress(BLOCK_SIZE)
-        padding = 2 * (len(slots) > length)  # the run of -1s at the end
-        compressed += 4 * (int(mapping.num_words) - padding)
+        compressed += 4 * int(mapping.num_words)
     return compressed, 4 * int(prompts.sum())
 
 
@@ -61,18 +62,24 @@ def lookups(dense: BlockTable, sparse: SparseBlockTable, lengths: np.ndarray) ->
     rng = np.random.default_rng(SEED)
     rows = jnp.asarray(rng.choice(len(lengths), BATCH, replace=False), jnp.int32)
     positions = jnp.asarray(lengths, jnp.int32)[rows] - 1
-    columns = int(np.quantile(lengths[np.asarray(rows)], 1.0)) // BLOCK_SIZE + 1
+    columns = int(lengths[np.asarray(rows)].max()) // BLOCK_SIZE + 1
     slots, view = jax.jit(slots_of), jax.jit(lambda table: table.to_dense_rows(rows, columns))
-    many = jax.jit(lambda table: jax.lax.scan(lambda at, _: (at ^ 1, slots_of(table, rows, at)), positions, None, 1000)[1])
+
+    @jax.jit
+    def many(table: Any) -> jax.Array:
+        return jax.lax.scan(lambda at, _: (at ^ 1, slots_of(table, rows, at)), positions, None, IN_A_SCAN)[1]
+
     np.testing.assert_array_equal(slots(dense, rows, positions), slots(sparse, rows, positions))
     np.testing.assert_array_equal(view(dense), view(sparse))
-    for case, call, per, repeats in (
-        (f"slots of {BATCH} tokens, one call", lambda table: slots(table, rows, positions), 1, 301),
-        (f"slots of {BATCH} tokens, inside a scan", many, 1000, 15),
-        (f"view of {BATCH} rows, {columns} columns", view, 1, 101),
-    ):
-        times = medians_us({"sparse": lambda: call(sparse), "dense": lambda: call(dense)}, repeats=repeats, warmup=3)
-        yield Row(f"{case}, sparse", times["sparse"] / per, "dense", times["dense"] / per)
+    calls: dict[str, tuple[Any, int, int]] = {
+        f"slots of {BATCH} tokens, one call": (lambda table: slots(table, rows, positions), 1, 301),
+        f"slots of {BATCH} tokens, inside a scan": (many, IN_A_SCAN, 15),
+        f"view of {BATCH} rows, {columns} columns": (view, 1, 101),
+    }
+    for case, (call, number, repeats) in calls.items():
+        both = {"sparse": partial(call, sparse), "dense": partial(call, dense)}
+        times = medians_us(both, repeats=repeats, warmup=3)
+        yield Row(f"{case}, sparse", times["sparse"] / number, "dense", times["dense"] / number)
 
 
 def main(argv: list[str] | None = None) -> None:

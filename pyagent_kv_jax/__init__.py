@@ -48,6 +48,8 @@ from pyagent_kv_jax.errors import (
     UnknownRequestError,
 )
 from pyagent_kv_jax.manager import (
+    BlockSizeChooser,
+    BlockSizeReport,
     BlockTableFactory,
     BlockTableStats,
     BlockTableV2,
@@ -71,6 +73,8 @@ __all__ = [
     "BlockAllocationStrategy",
     "BlockInfo",
     "BlockPool",
+    "BlockSizeChooser",
+    "BlockSizeReport",
     "BlockTable",
     "BlockTableConfig",
     "BlockTableFactory",

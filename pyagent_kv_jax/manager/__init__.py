@@ -1,6 +1,8 @@
 """Floor 4: request ids, callbacks and locks around the pytrees below."""
 
 from pyagent_kv_jax.manager.block_hash import BlockHasher, BlockKeys, CacheExtras, MultimodalItem
+from pyagent_kv_jax.manager.block_size_adaptation import BlockSizeChooser
+from pyagent_kv_jax.manager.block_size_switch import BlockSizeReport
 from pyagent_kv_jax.manager.block_table_factory import BlockTableFactory
 from pyagent_kv_jax.manager.block_table_v2 import BlockTableStats, BlockTableV2
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
@@ -18,6 +20,8 @@ __all__ = [
     "BlockHasher",
     "BlockKeys",
     "BlockRemoved",
+    "BlockSizeChooser",
+    "BlockSizeReport",
     "BlockStored",
     "BlockTableFactory",
     "BlockTableStats",
