@@ -455,6 +455,7 @@ def create_kv_cache_manager(
     device: DeviceType | None = None,
     max_num_reqs: int = 256,
     max_model_len: int = 4096,
+    kernel_block_size: int | None = None,
     options: ManagerOptions = DEFAULT_OPTIONS,
 ) -> KVCacheManager:
     """A manager in one line. See ``KVCacheConfig`` and ``ManagerOptions`` for the arguments and the errors."""
@@ -468,5 +469,6 @@ def create_kv_cache_manager(
         device=device,
         max_num_reqs=max_num_reqs,
         max_model_len=max_model_len,
+        kernel_block_size=kernel_block_size,
     )
     return KVCacheManager(config, options)
