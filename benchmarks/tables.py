@@ -8,11 +8,14 @@ The traffic: prompts and answers log-normal with medians 512 and 256 and sigma 1
 - Tables: a dense one of 4,096 rows of 8,192 columns against a sparse one with room for the blocks in use and an eighth
   more. Lookup: the slots of 256 tokens, and the dense view of 256 rows that attention reads.
 - Slot mappings: of every prompt, its blocks of 16 scattered: words of the compressed mapping against int32 slots.
+- ``BlockTableV2``: one more block for a request.
 - Block sizes: see ``benchmarks.block_sizes``.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -23,7 +26,7 @@ import numpy as np
 
 from benchmarks import block_sizes, traffic
 from benchmarks.report import Row, argument_parser, medians_us, publish
-from pyagent_kv_jax import BlockTable, BlockTableConfig, SlotMapping, SparseBlockTable
+from pyagent_kv_jax import BlockTable, BlockTableConfig, BlockTableFactory, SlotMapping, SparseBlockTable
 from pyagent_kv_jax.tables import append_rows, slots_of
 
 ROWS, BATCH, BLOCK_SIZE, SEED = 4_096, 256, 16, 0
@@ -51,7 +54,8 @@ def mapping_bytes(prompts: np.ndarray) -> tuple[int, int]:
     for length in prompts.tolist():
         blocks = rng.choice(2**20, -(-length // BLOCK_SIZE), replace=False)
         slots = (blocks[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).ravel()[:length].astype(np.int32)
-        slots = np.pad(slots, (0, -length % 1024), constant_values=-1)  # few shapes to compile; -1s at the end take no words
+        # Few shapes to compile; -1s at the end take no words.
+        slots = np.pad(slots, (0, -length % 1024), constant_values=-1)
         mapping, _ = SlotMapping(slots).compress(BLOCK_SIZE)
         compressed += 4 * int(mapping.num_words)
     return compressed, 4 * int(prompts.sum())
@@ -82,6 +86,24 @@ def lookups(dense: BlockTable, sparse: SparseBlockTable, lengths: np.ndarray) ->
         yield Row(f"{case}, sparse", times["sparse"] / number, "dense", times["dense"] / number)
 
 
+def facade() -> Iterator[Row]:
+    """``BlockTableV2``: one more block for a request, in turns; sparse and predicting beside neither."""
+    times = {}
+    for use_sparse, use_prediction in ((True, True), (False, False)):
+        table = BlockTableFactory.create_v2(BLOCK_SIZE, use_sparse, use_prediction, prediction_horizon=256)
+        for row in range(BATCH):
+            table.allocate_for_request(f"r{row}", row, 32)
+        taken = []
+        for _ in range(32):
+            for row in range(BATCH):
+                began = time.perf_counter()
+                table.allocate_for_request(f"r{row}", row, 1)
+                taken.append((time.perf_counter() - began) * 1e6)
+        times[use_sparse] = statistics.mean(taken[4 * BATCH :])  # what compiles comes first
+    case = f"BlockTableV2: a block for one of {BATCH} requests, sparse, predicting"
+    yield Row(case, times[True], "dense, not predicting", times[False])
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run, print, write."""
     args: Any = argument_parser(__doc__).parse_args(argv)
@@ -100,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     for name, value in bytes_of.items():
         print(f"{name.replace('_', ' ')}: {value:,}")
-    rows = list(lookups(dense, sparse, lengths))
+    rows = [*lookups(dense, sparse, lengths), *facade()]
     sizes = block_sizes.compare(lengths)
     print(block_sizes.table(sizes))
     publish(rows, args.json, bytes=bytes_of, block_sizes=[size.as_dict() for size in sizes])
