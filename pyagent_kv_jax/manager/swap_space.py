@@ -118,7 +118,9 @@ class SwapSpace:
     def copy_out(self, pages: KVPages, blocks: np.ndarray, host_blocks: np.ndarray) -> None:
         """Copy ``blocks`` i32[n] of ``pages`` into ``host_blocks`` i32[n]; asynchronous."""
         if self._transfer is None:
-            self._transfer = KVCacheTransfer(self._config, self.num_blocks)
+            nothing = np.zeros(0, np.int32)  # all pages are taken, also those that make no whole block now
+            self._transfer = KVCacheTransfer(self._config.with_block_size(self._config.page_size), self._num_pages)
+            self._transfer.change_block_size(self._config, nothing, nothing)
         self._transfer.swap_out(pages, blocks, host_blocks)
 
     def copy_in(self, pages: KVPages, host_blocks: np.ndarray, blocks: np.ndarray) -> KVPages:

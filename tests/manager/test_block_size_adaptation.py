@@ -23,8 +23,10 @@ from pyagent_kv_jax import (
 )
 from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.manager import AllBlocksCleared, BlockStored
+from pyagent_kv_jax.manager.block_hash import BlockHasher
 from pyagent_kv_jax.manager.block_size_adaptation import BlockSizeChooser, attention_times
 from pyagent_kv_jax.manager.block_size_switch import BlockSizeReport
+from pyagent_kv_jax.manager.swap_space import SwapSpace
 from tests.cache.dense_reference import DenseReference
 from tests.manager.test_manager_machine import (
     BLOCK,
@@ -243,6 +245,15 @@ def test_host_memory_changes_too() -> None:
     assert manager.stats().num_free_host_blocks == 2
     step(manager, ["a"], [0])
     np.testing.assert_array_equal(stored(manager, "a"), want)
+
+
+def test_host_memory_is_whole_whatever_the_size_at_the_first_swap() -> None:
+    space, hasher = SwapSpace(CONFIG, 12), BlockHasher(4)
+    for size, blocks in [(10, 4), (4, 12)]:
+        config = CONFIG.with_block_size(size)
+        space.change_block_size(config, space.block_size_change(config), hasher)
+        assert space.num_blocks == space.num_free == blocks
+        space.copy_out(KVPages.create(config), np.array([1]), np.array([blocks - 1]))
 
 
 def stored(manager: KVCacheManager, name: str) -> np.ndarray:
