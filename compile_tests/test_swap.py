@@ -18,7 +18,7 @@ BLOCK_ELEMENTS = 2 * LAYERS * 8 * 16 * 128
 
 
 def compiled(target: str, direction: str, dtype: Any) -> Any:
-    """The program that ``swap_out`` or ``swap_in`` dispatches.
+    """The program that ``swap_out`` or ``swap_in`` dispatches; "within": that of a change of block size in the host.
 
     The pages' shardings are over an abstract mesh, which keeps the kind of memory; over a device that is not there jax
     drops it. The ids, on that device, say what to compile for.
@@ -33,12 +33,15 @@ def compiled(target: str, direction: str, dtype: Any) -> Any:
     ids = jax.ShapeDtypeStruct((SWAPPED,), jnp.int32, sharding=SingleDeviceSharding(device))
     pages = arrays("device", LAYERS * BLOCKS, *TILE)
     host = arrays(host_pages.HOST_MEMORY, HOST_BLOCKS, LAYERS, *TILE)
+    lowering = {"lowering_platforms": ("tpu" if target in tpu.TPUS else "cuda",)}
+    if direction == "within":
+        return host_pages._copy_within.trace(host, ids, ids).lower(**lowering).compile()
     copy, source, into = {
         "out": (host_pages._copy_out, pages, host),
         "in": (host_pages._copy_in, host, pages),
     }[direction]
     traced = host_pages._DISPATCHED[copy].trace(source, into, ids, ids)
-    return traced.lower(lowering_platforms=("tpu" if target in tpu.TPUS else "cuda",)).compile()
+    return traced.lower(**lowering).compile()
 
 
 def device_of(target: str) -> tuple[Any, AbstractDevice]:
@@ -73,4 +76,12 @@ def test_in_place_and_on_the_host(dtype: Any, direction: str, target: str) -> No
         assert memory.host_output_size_in_bytes == 0
     # In between there is one block, not the blocks that move and no pool.
     assert memory.temp_size_in_bytes < 2 * block + slack
+    assert memory.host_temp_size_in_bytes == 0
+
+
+@pytest.mark.parametrize("target", ["sm_90", "v5e"])
+def test_pages_move_within_the_host_pool_in_place(target: str) -> None:
+    memory, page = compiled(target, "within", jnp.bfloat16).memory_analysis(), BLOCK_ELEMENTS * 2
+    assert memory.host_alias_size_in_bytes == memory.host_argument_size_in_bytes == HOST_BLOCKS * page
+    assert memory.temp_size_in_bytes < (SWAPPED + 2) * page + 2**20  # what moves is read before anything is written
     assert memory.host_temp_size_in_bytes == 0

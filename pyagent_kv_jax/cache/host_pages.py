@@ -46,7 +46,7 @@ HOST_MEMORY = "pinned_host"
 _LARGEST_CHUNK = 256
 
 Arrays = tuple[jax.Array, jax.Array]
-Move = Callable[[Arrays, Arrays, Any, Any, Any, int], Arrays]
+Move = Callable[[Arrays, Arrays, Any, Any, Any], Arrays]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k_pages", "v_pages"], meta_fields=["pages_per_block"])
@@ -174,37 +174,43 @@ def _swap(copy: Move, source: KVPages | HostPages, target: KVPages | HostPages, 
     k = _checked_geometry(source, target)
     read, written = (source.k_pages, source.v_pages), (target.k_pages, target.v_pages)
     if not is_concrete(read, written, src[1], dst[1]):
-        return copy(read, written, *_valid_first(src, dst), k)
-    src_ids, dst_ids = checked_pairs(src, dst)
+        first, second, count = _valid_first(src, dst)
+        return copy(read, written, _pages_of(first, k), _pages_of(second, k), count * k)
+    src_ids, dst_ids = (_pages_of(ids, k) for ids in checked_pairs(src, dst))
     order = np.argsort(src_ids if copy is _copy_out else dst_ids)  # no destination is named twice: any order will do
     src_ids, dst_ids = src_ids[order], dst_ids[order]
     for part in _chunks(len(src_ids)):
-        written = _DISPATCHED[copy](read, written, src_ids[part], dst_ids[part], k)
+        written = _DISPATCHED[copy](read, written, src_ids[part], dst_ids[part])
     return written
 
 
-def _copy_out(pages: Arrays, host: Arrays, gpu_ids: Any, cpu_ids: Any, count: Any, k: int) -> Arrays:
-    """The first ``count`` pairs of blocks of ``k`` pages, in their order."""
+def _pages_of(blocks: Any, k: int) -> Any:
+    """[n * k]: the pages of ``blocks`` [n]. They move one by one: k at once XLA lays the pool out anew on GPUs."""
+    return blocks if k == 1 else (blocks[:, None] * k + np.arange(k, dtype=np.int32)).reshape(-1)
+
+
+def _copy_out(pages: Arrays, host: Arrays, gpu_ids: Any, cpu_ids: Any, count: Any) -> Arrays:
+    """The first ``count`` pairs, in their order."""
     by_layer = _by_layer(pages, host)
 
     def copy(i: Any, host: Arrays) -> Any:
-        blocks = (lax.dynamic_slice_in_dim(x, gpu_ids[i] * k, k, axis=1).swapaxes(0, 1) for x in by_layer)
+        blocks = (lax.dynamic_slice_in_dim(x, gpu_ids[i], 1, axis=1).swapaxes(0, 1) for x in by_layer)
         across = jax.device_put(tuple(blocks), jax.memory.Space.Host)
         return jax.tree.map(
-            lambda x, block: lax.dynamic_update_slice_in_dim(x, block, cpu_ids[i] * k, axis=0), host, across
+            lambda x, block: lax.dynamic_update_slice_in_dim(x, block, cpu_ids[i], axis=0), host, across
         )
 
     return lax.fori_loop(0, count, copy, host)
 
 
-def _copy_in(host: Arrays, pages: Arrays, cpu_ids: Any, gpu_ids: Any, count: Any, k: int) -> Arrays:
-    """The first ``count`` pairs of blocks of ``k`` pages, in their order."""
+def _copy_in(host: Arrays, pages: Arrays, cpu_ids: Any, gpu_ids: Any, count: Any) -> Arrays:
+    """The first ``count`` pairs, in their order."""
 
     def copy(i: Any, by_layer: Arrays) -> Any:
-        blocks = tuple(lax.dynamic_slice_in_dim(x, cpu_ids[i] * k, k, axis=0) for x in host)
+        blocks = tuple(lax.dynamic_slice_in_dim(x, cpu_ids[i], 1, axis=0) for x in host)
         across = jax.device_put(blocks, jax.memory.Space.Device)
         return jax.tree.map(
-            lambda x, block: lax.dynamic_update_slice_in_dim(x, block.swapaxes(0, 1), gpu_ids[i] * k, axis=1),
+            lambda x, block: lax.dynamic_update_slice_in_dim(x, block.swapaxes(0, 1), gpu_ids[i], axis=1),
             by_layer,
             across,
         )
@@ -222,9 +228,9 @@ def _by_layer(pages: Arrays, host: Arrays) -> Arrays:
 def _dispatched(copy: Move) -> Callable[..., Arrays]:
     """``copy`` of all pairs, jitted, the target donated; one program for each number of pairs."""
 
-    @partial(jax.jit, donate_argnums=1, static_argnums=4)
-    def swap(source: Arrays, target: Arrays, src_ids: jax.Array, dst_ids: jax.Array, k: int = 1) -> Arrays:
-        return copy(source, target, src_ids, dst_ids, src_ids.shape[0], k)
+    @partial(jax.jit, donate_argnums=1)
+    def swap(source: Arrays, target: Arrays, src_ids: jax.Array, dst_ids: jax.Array) -> Arrays:
+        return copy(source, target, src_ids, dst_ids, src_ids.shape[0])
 
     return swap
 
