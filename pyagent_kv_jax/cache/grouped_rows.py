@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -241,13 +241,13 @@ def release_out_of_sight(state: GroupedRows, provisional: jax.Array | None = Non
     return dataclasses.replace(state, pool=pool, table=dataclasses.replace(table, blocks=blocks), released=released)
 
 
-def first_column(group: LayerGroup, num_tokens: jax.Array, block_size: int) -> jax.Array:
+def first_column(group: LayerGroup, num_tokens: Any, block_size: int) -> Any:
     """The first column that a token at position ``num_tokens`` i32[...], or any later one, can see."""
     if group.sliding_window is not None:
-        return jnp.maximum(num_tokens - group.sliding_window + 1, 0) // block_size
+        return (num_tokens - group.sliding_window + 1).clip(0) // block_size
     if group.chunk_size is not None:
         return num_tokens // group.chunk_size * group.chunk_size // block_size
-    return jnp.zeros_like(num_tokens)
+    return num_tokens * 0
 
 
 def free(state: GroupedRows, mask: jax.Array, *, capacity: int) -> GroupedRows:

@@ -42,6 +42,7 @@ class ControlPlane:
         # Where frees are put off, those of several requests come together.
         self._free_capacity = _FREED_IN_A_STEP if horizon else min(self._row_capacity, _FREED_IN_A_STEP)
         self._num_requests = table_config.max_num_reqs
+        self._most_ahead = self._num_requests * (-(-horizon // config.block_size) + 1) * len(self._groups)
         self._host = DeviceType.CPU.devices()[0]
         self._marks = np.zeros(0, np.int32)  # blocks whose content became worth keeping since the last call
         self.may_copy = False  # set by the first fork: until then no block that is not full is ever shared
@@ -102,7 +103,7 @@ class ControlPlane:
             num_tokens=num_tokens,
             num_marks=marks_capacity,
             free_capacity=self._free_capacity if last or hits is not None else 0,
-            release_capacity=(num_rows + self._width) * len(self._groups),
+            release_capacity=(num_rows + self._width) * len(self._groups) + (self._horizon > 0) * self._most_ahead,
             capacity=(new_blocks + self.may_copy * num_rows) * len(self._groups) + _num_hits(hits),
             copies=self.may_copy,
             max_tokens_per_req=self.max_tokens_per_req,
@@ -154,15 +155,31 @@ class ControlPlane:
             capacity=max(power_of_two(int(dropped.sum()) * len(self._groups)), 64),
         )
 
-    def advance(self, used: np.ndarray) -> None:
-        """Every row has gained ``used`` i32[R] tokens, in blocks it had."""
-        self._state = _advance(self._state, used)
+    def advance(self, used: np.ndarray, latest: np.ndarray) -> None:
+        """Every row has gained ``used`` i32[R] tokens, in blocks it had, ``latest`` i32[R] of them in the last step.
+
+        What was out of sight when that step began is given back, as the step would have done.
+        """
+        self._state = _advance(self._state, used, latest, capacity=self._most_ahead)
+
+    def out_of_sight(self, used: np.ndarray, latest: np.ndarray, but: list[int]) -> list[np.ndarray]:
+        """i32[...] for each group: the blocks that ``advance`` would give back, except of rows ``but``."""
+        released = np.asarray(self._state.released).reshape(len(self._groups), -1)
+        tokens, blocks = self.lengths() + used - latest, []
+        for group, first, table in zip(self._groups, released, self.tables(), strict=True):
+            wanted = (grouped_rows.first_column(group, tokens, self._block_size) - first).clip(0)
+            wanted[but] = 0
+            rows = np.repeat(np.arange(len(wanted)), wanted)
+            nth = np.arange(len(rows)) - np.repeat(np.cumsum(wanted) - wanted, wanted)
+            blocks.append(table[rows, first[rows] + nth])
+        return blocks
 
     def give_back(self, mask: np.ndarray) -> None:
         """Free what steps have reserved for the rows in ``mask`` bool[R]: their blocks past their tokens."""
         self._flush_marks()
-        most = self._num_requests * (-(-self._horizon // self._block_size) + 1) * len(self._groups)
-        self._state = _give_back(self._state, mask, capacity=most)
+        past = self.columns() - -(-self.lengths() // self._block_size)
+        most = int(past[mask].sum()) * len(self._groups)  # more than reserved only where drafts left blocks behind
+        self._state = _give_back(self._state, mask, capacity=max(self._most_ahead, power_of_two(most)))
 
     def fork(self, parent: int, child: int) -> None:
         """The empty row ``child`` shares what ``parent`` holds; a block that is not full is copied when written."""
@@ -296,10 +313,14 @@ def _admit(
     return state, done
 
 
+@partial(_jit, static_argnames="capacity")
+def _advance(state: GroupedRows, used: jax.Array, latest: jax.Array, *, capacity: int) -> GroupedRows:
+    return grouped_rows.release_out_of_sight(grouped_rows.advance(state, used), latest, capacity=capacity)
+
+
 _free = _jit(grouped_rows.free, static_argnames="capacity")
 _truncate = _jit(grouped_rows.truncate, static_argnames="capacity")
 _give_back = _jit(grouped_rows.give_back, static_argnames="capacity")
-_advance = _jit(grouped_rows.advance)
 _fork = _jit(grouped_rows.fork)
 _mark_cached = _jit(grouped_rows.mark_cached)
 _uncache = _jit(grouped_rows.uncache)

@@ -24,6 +24,7 @@ class DecodeAhead:
     Attributes:
         horizon: decode steps that blocks are reserved for at most; 0: none, and nothing is ever put off.
         used: i32[R], tokens of each row that the control plane has not been told of.
+        latest: i32[R], those of them that the last step brought: what it sees is not let go of before the next one.
         reserving: bool[R], rows whose columns past their tokens are in reserve.
         freed_rows: rows whose requests are gone, their references not yet dropped.
         hits: blocks that were needed, and had been reserved.
@@ -33,6 +34,7 @@ class DecodeAhead:
     def __init__(self, config: KVCacheConfig, horizon: int) -> None:
         self.horizon = horizon
         self.used = np.zeros(config.max_num_reqs, np.int32)
+        self.latest = np.zeros_like(self.used)
         self.freed_rows: list[int] = []
         self.hits = self.misses = 0
         self._config = config
@@ -76,7 +78,9 @@ class DecodeAhead:
         lengths = control.lengths()[rows] + self.used[rows]
         begun = (counts > 0) & (lengths % self._config.block_size == 0)
         self.hits += int(begun.sum()) * self._num_groups
-        self.used[rows] += counts.astype(np.int32)
+        self.latest = np.zeros_like(self.used)
+        self.latest[rows] = counts
+        self.used += self.latest
         self._gained[rows] += counts
         self.freed_rows += freed_rows
 
@@ -108,7 +112,7 @@ class DecodeAhead:
         """
         self._gained[rows] += np.where(ok, counts, 0)
         if reserves:
-            self.reserving[rows[ok]] = True
+            self.reserving[rows[ok & (counts > 0)]] = True  # the others may hold blocks set aside for drafts
 
     def settled(self) -> None:
         """The control plane was told of all that had been put off."""
@@ -162,8 +166,11 @@ class DecodeAhead:
     def num_free(self, control: ControlPlane) -> int:
         """Blocks that are free, or will be once all that was put off is done and the reserve given back."""
         free = control.num_free() + int(self.reserved(control).sum()) * self._num_groups
+        dropped = control.out_of_sight(self.used, self.latest, self.freed_rows) if self.used.any() else []
         if self.freed_rows:
-            named, times = np.unique(control.tables()[:, self.freed_rows], return_counts=True)
+            dropped.append(control.tables()[:, self.freed_rows].ravel())
+        if dropped:
+            named, times = np.unique(np.concatenate(dropped), return_counts=True)
             times, named = times[named >= 0], named[named >= 0]
             free += int((control.ref_counts()[named] == times).sum())
         return free

@@ -64,7 +64,7 @@ class ManagerParts:
     def control(self) -> ControlPlane:
         """The control plane, told of all that decode steps have put off."""
         if self.ahead.used.any():
-            self._control.advance(self.ahead.used)
+            self._control.advance(self.ahead.used, self.ahead.latest)
         if self.ahead.freed_rows:
             self._control.free(self.ahead.freed_rows)
         self.ahead.settled()
@@ -113,6 +113,7 @@ class ManagerParts:
         blocks = np.asarray(self.control.state.table.blocks)
         alone = ((blocks >= 0) & (self.control.ref_counts()[blocks] == 1)).sum(axis=1)
         alone = alone.reshape(len(self.config.groups), -1).sum(axis=0)
+        alone -= self.ahead.reserved(self._control) * len(self.config.groups)  # free as it is
         frees = {i: int(alone[self.rows.row_of(i)]) for i in self.rows.ids()}
         frees = dict(sorted(frees.items(), key=lambda item: -item[1]))
         return MemoryPressure(tuple(refused), needed, free, 1.0 - free / self.config.pool_blocks, frees)
@@ -121,8 +122,9 @@ class ManagerParts:
         """See ``KVCacheManager.stats``."""
         config, table = self.config, self.control.state.table
         held = np.asarray(table.blocks).reshape(len(config.groups), -1) >= 0
-        num_held = held.sum(axis=1)
-        columns = np.asarray(table.num_blocks)[: config.max_num_reqs].sum() * config.block_size
+        reserved = int(self.ahead.reserved(self._control).sum())  # columns; they count as free
+        num_held = held.sum(axis=1) - reserved
+        columns = (np.asarray(table.num_blocks)[: config.max_num_reqs].sum() - reserved) * config.block_size
         tokens = self.control.lengths().sum()
         return ManagerStats(
             num_blocks=config.pool_blocks,
@@ -143,7 +145,7 @@ class ManagerParts:
             num_swapped_out=self.counts.swapped_out,
             num_swapped_in=self.counts.swapped_in,
             num_recomputed=self.counts.recomputed,
-            num_reserved_blocks=int(self.ahead.reserved(self._control).sum()) * len(config.groups),
+            num_reserved_blocks=reserved * len(config.groups),
             num_prediction_hits=self.ahead.hits,
             num_prediction_misses=self.ahead.misses,
             padding_bytes=int(sum(n * config.padding_bytes(g) for g, n in enumerate(num_held))),

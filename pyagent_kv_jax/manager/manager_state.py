@@ -113,7 +113,7 @@ class ManagerState(StepsInReserve):
             plane.begin_step(nobody, nobody, freed_rows, num_rows, num_tokens).result()
         plane.free([0])
         if self.ahead.horizon:
-            plane.advance(self.ahead.used)
+            plane.advance(self.ahead.used, self.ahead.latest)
             plane.give_back(self.ahead.reserving)
         if caching:
             plane.begin_step(nobody, nobody, [], num_rows, num_tokens, hits=NO_HITS).result()
