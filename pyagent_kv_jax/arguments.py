@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pyagent_kv_jax.errors import InvalidArgumentError
+from pyagent_kv_jax.errors import InvalidArgumentError, ShapeMismatchError, is_concrete
 
 
 def integer(name: str, value: ArrayLike) -> Any:
@@ -26,6 +28,56 @@ def integer(name: str, value: ArrayLike) -> Any:
     if array.ndim or not np.issubdtype(array.dtype, np.integer) or not -(2**31) <= array < 2**31:
         raise InvalidArgumentError(f"{name}: got {value!r}, want one integer that fits int32")
     return np.int32(array)
+
+
+def integers(name: str, values: ArrayLike, length: int | None = None) -> Any:
+    """``values`` as i32[n]: on the host, or on a device where they already are. An empty list is one of integers.
+
+    Raises:
+        ShapeMismatchError: not a flat array of integers, or not of ``length``.
+        InvalidArgumentError: an integer that is no int32.
+    """
+    array: Any = values if isinstance(values, jax.Array) else np.asarray(values)
+    is_flat = array.ndim == 1 and length in (None, array.shape[0])
+    if not is_flat or (array.size and not jnp.issubdtype(array.dtype, jnp.integer)):
+        want = "n" if length is None else length
+        raise ShapeMismatchError(f"{name}: got {array.dtype}{list(array.shape)}, want int32[{want}]")
+    return as_int32(name, array)
+
+
+def as_int32(name: str, array: Any) -> Any:
+    """An array of integers as int32, where it is.
+
+    Raises:
+        InvalidArgumentError: an integer that is no int32.
+    """
+    if array.dtype == np.int32:
+        return array
+    if array.size and is_concrete(array):
+        low, high = (int(bound) for bound in (array.min(), array.max()))
+        if not -(2**31) <= low <= high < 2**31:
+            raise InvalidArgumentError(f"{name}: got {low} .. {high}, want integers that fit int32")
+    return array.astype(np.int32)
+
+
+def is_count(value: object) -> bool:
+    """Whether ``value`` is a plain integer of 0 or more."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def static_count(name: str, value: Any, least: int = 0) -> int:
+    """``value`` as an ordinary integer.
+
+    Raises:
+        InvalidArgumentError: it is traced, no integer, below ``least``, or no int32.
+    """
+    try:
+        count = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = least - 1
+    if not least <= count < 2**31:
+        raise InvalidArgumentError(f"{name}: got {shown(value)}, want a static integer from {least} to 2**31 - 1")
+    return count
 
 
 def shown(value: Any) -> str:

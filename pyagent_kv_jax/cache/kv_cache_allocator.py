@@ -169,12 +169,5 @@ class KVCacheAllocator:
     def _check_held(self, blocks: list[KVCacheBlock], error: type[InvalidBlockError]) -> None:
         """Every block has, in its pool, as many references as it is named here; before anything changes."""
         for on_host in (_DEVICE, _HOST):
-            pool = self._pools[on_host]
-            named = np.array([b.block_id for b in blocks if b.on_host == on_host], np.int32)
-            ids, times = np.unique(named, return_counts=True)
-            where = f"blocks of the {'host' if on_host else 'device'}"
-            outside = ids >= pool.num_blocks
-            if outside.any():
-                raise InvalidBlockError(f"{where}: got {ids[outside].tolist()}, want 0 to {pool.num_blocks - 1}")
-            if (lacking := pool.ref_counts()[ids] < times).any():
-                raise error(f"{where}: got {ids[lacking].tolist()}, want blocks with that many references")
+            ids = np.array([block.block_id for block in blocks if block.on_host == on_host], np.int32)
+            self._pools[on_host].check_held(ids, error, f"blocks of the {'host' if on_host else 'device'}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pyagent_kv_jax.arguments import static_count
+from pyagent_kv_jax.errors import InvalidArgumentError
 from pyagent_kv_jax.tables.in_place import after
 from pyagent_kv_jax.tables.ragged import are_offsets, offsets_from_lengths, rows_of_entries
 
@@ -52,6 +54,18 @@ class Hits(NamedTuple):
     lengths: jax.Array
     revives: jax.Array
     row_ok: jax.Array
+
+
+def checked_capacity(capacity: Any, rows: int, num_hits: int = 0) -> int:
+    """``capacity`` as an int, small enough for sums over ``rows`` rows and their hits to fit int32.
+
+    Raises:
+        InvalidArgumentError: it is no static count, or larger.
+    """
+    size = static_count("capacity", capacity)
+    if rows * (size + 1) + num_hits >= 2**31:
+        raise InvalidArgumentError(f"capacity: got {size} for {rows} rows, want (capacity + 1) * rows < 2**31")
+    return size
 
 
 def look_up_hits(

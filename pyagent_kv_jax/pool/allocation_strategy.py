@@ -11,11 +11,11 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from pyagent_kv_jax.arguments import integers, is_count
 from pyagent_kv_jax.config import BlockAllocationStrategy
 from pyagent_kv_jax.errors import ConfigError, InvalidArgumentError, OutOfBlocksError, is_concrete
 from pyagent_kv_jax.pool import queues
-from pyagent_kv_jax.pool.admission import Admission, serve
-from pyagent_kv_jax.pool.arguments import checked_capacity, ints, is_count
+from pyagent_kv_jax.pool.admission import Admission, checked_capacity, serve
 from pyagent_kv_jax.pool.block_pool import BlockPool
 from pyagent_kv_jax.tables.ragged import offsets_from_lengths, rows_of_entries
 
@@ -67,7 +67,7 @@ def allocate_blocks(
     strategy = _strategy(strategy)
     if (node is None) == (strategy is BlockAllocationStrategy.NUMA_AWARE):
         raise InvalidArgumentError(f"node: got {node!r} with {strategy.value!r}, want one with 'numa_aware' only")
-    wanted = ints("counts", counts)
+    wanted = integers("counts", counts)
     rows = wanted.shape[0]
     capacity = checked_capacity(capacity, rows)
     if strategy is BlockAllocationStrategy.SCATTERED or not rows:
@@ -76,7 +76,7 @@ def allocate_blocks(
         return _allocate_runs(pool, wanted, capacity)
     require_nodes(pool.num_blocks, num_nodes)
     broadcast: Any = jnp.broadcast_to if isinstance(node, jax.Array) else np.broadcast_to
-    nodes = ints("node", node if np.ndim(node) else broadcast(node, rows), rows)
+    nodes = integers("node", node if np.ndim(node) else broadcast(node, rows), rows)
     if is_concrete(nodes) and not np.all((np.asarray(nodes) >= 0) & (np.asarray(nodes) < num_nodes)):
         raise InvalidArgumentError(f"node: got {np.asarray(nodes).tolist()}, want 0 to {num_nodes - 1}")
     return _allocate_near(pool, wanted, nodes, capacity, num_nodes)
@@ -99,11 +99,14 @@ def require_allocated(
     Raises:
         OutOfBlocksError: a row was refused. It says how many blocks the first such row wanted, how many were free when
             its turn came, and, with CONTIGUOUS, how long the longest run of them was.
+        InvalidArgumentError: the first refused row has a negative count.
     """
     refused = np.flatnonzero(~np.asarray(admission.ok))
     if not len(refused):
         return
     row, count, most = refused[0], int(np.asarray(counts)[refused[0]]), int(pool.num_free)
+    if count < 0:
+        raise InvalidArgumentError(f"row {row}: got a request for {count} blocks, want 0 or more")
     wanted, within = "blocks", f"the {most} free"
     if strategy == BlockAllocationStrategy.CONTIGUOUS:
         most, wanted = int(longest_free_run(pool)), "consecutive blocks"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from pyagent_kv_jax.arguments import integers, is_count
 from pyagent_kv_jax.errors import (
     ConfigError,
     DoubleFreeError,
@@ -20,8 +21,7 @@ from pyagent_kv_jax.errors import (
     is_concrete,
 )
 from pyagent_kv_jax.pool import admission, queues
-from pyagent_kv_jax.pool.admission import Admission
-from pyagent_kv_jax.pool.arguments import checked_capacity, ints, is_count
+from pyagent_kv_jax.pool.admission import Admission, checked_capacity
 from pyagent_kv_jax.pool.queues import Counters, Queues
 from pyagent_kv_jax.tables.in_place import after
 
@@ -136,15 +136,15 @@ class BlockPool:
             ShapeMismatchError: arrays that do not fit each other, or not of integers.
             InvalidArgumentError: a ``capacity`` so large that sums over the rows could pass int32.
         """
-        wanted = ints("counts", counts)
+        wanted = integers("counts", counts)
         if (hits is None) != (hit_offsets is None):
             raise ShapeMismatchError("hits and hit_offsets: got one of them, want both or neither")
         rows = wanted.shape[0]
         lookup = None
         if hits is not None and hit_offsets is not None:
-            lookup = ints("hits", hits), ints("hit_offsets", hit_offsets, rows + 1)
+            lookup = integers("hits", hits), integers("hit_offsets", hit_offsets, rows + 1)
             lookup = None if lookup[0].shape[0] == 0 else lookup
-        order = None if order is None else ints("order", order, rows)
+        order = None if order is None else integers("order", order, rows)
         capacity = checked_capacity(capacity, rows, 0 if lookup is None else lookup[0].shape[0])
         return _admit(self, wanted, lookup, order, capacity)
 
@@ -161,7 +161,7 @@ class BlockPool:
         Raises:
             InvalidBlockError: another id; nothing is shared then.
         """
-        pool, ok = _share(self, ints("ids", ids))
+        pool, ok = _share(self, integers("ids", ids))
         return pool, self._checked(ok, InvalidBlockError, "ids", ids, "blocks in use, or free blocks with content")
 
     def take(self, ids: ArrayLike) -> tuple[Self, jax.Array]:
@@ -176,7 +176,7 @@ class BlockPool:
         Raises:
             InvalidBlockError: the same.
         """
-        pool, ok = _take(self, ints("ids", ids))
+        pool, ok = _take(self, integers("ids", ids))
         return pool, self._checked(ok, InvalidBlockError, "ids", ids, f"ids in [0, {self.num_blocks})")
 
     def free(self, ids: ArrayLike) -> tuple[Self, jax.Array]:
@@ -191,7 +191,7 @@ class BlockPool:
         Raises:
             DoubleFreeError: the same.
         """
-        pool, ok = _free(self, ints("ids", ids))
+        pool, ok = _free(self, integers("ids", ids))
         return pool, self._checked(ok, DoubleFreeError, "ids", ids, "blocks with as many references as are dropped")
 
     def mark_cached(self, ids: ArrayLike) -> tuple[Self, jax.Array]:
@@ -203,7 +203,7 @@ class BlockPool:
         Raises:
             InvalidBlockError: the same.
         """
-        pool, ok = _mark_cached(self, ints("ids", ids))
+        pool, ok = _mark_cached(self, integers("ids", ids))
         return pool, self._checked(ok, InvalidBlockError, "ids", ids, "blocks in use")
 
     def uncache(self, ids: ArrayLike) -> tuple[Self, jax.Array]:
@@ -216,7 +216,7 @@ class BlockPool:
         Raises:
             InvalidBlockError: the same.
         """
-        pool, ok = _uncache(self, ints("ids", ids))
+        pool, ok = _uncache(self, integers("ids", ids))
         return pool, self._checked(ok, InvalidBlockError, "ids", ids, f"ids in [0, {self.num_blocks})")
 
     def _checked(self, ok: jax.Array, error: type[KVCacheError], name: str, ids: Any, wanted: str) -> jax.Array:

@@ -90,7 +90,8 @@ class HostPool:
     def _allocate_by(self, strategy: BlockAllocationStrategy, node: int | None, count: int) -> np.ndarray:
         counts = np.array([count], np.int32)
         how: dict[str, Any] = {"strategy": strategy, "node": node, "num_nodes": self._num_nodes}
-        pool, admission = allocate_blocks(self._pool, counts, capacity=_padded_size(count), **how)
+        capacity = _padded_size(min(count, self.num_blocks))  # more are refused anyway
+        pool, admission = allocate_blocks(self._pool, counts, capacity=capacity, **how)
         require_allocated(pool, counts, admission, strategy)
         self._pool = pool
         return np.asarray(admission.ids)[:count].copy()
@@ -112,19 +113,27 @@ class HostPool:
             InvalidBlockError: an id outside the pool.
             DoubleFreeError: fewer references than are dropped.
         """
-        self.check_inside(ids)
-        named, times = np.unique(ids, return_counts=True)
-        lacking = named[self.ref_counts()[named] < times] if len(named) else named
-        if len(lacking):
-            raise DoubleFreeError(f"blocks: got {lacking[:20].tolist()}, want blocks with that many references")
+        self.check_held(ids, DoubleFreeError)
         if len(ids):
             self._pool = _free(self._pool, padded(ids, _padded_size(len(ids))))
 
-    def check_inside(self, ids: np.ndarray) -> None:
+    def check_inside(self, ids: np.ndarray, name: str = "blocks") -> None:
         """Raise ``InvalidBlockError`` where an id i32[n] is outside the pool."""
         outside = ids[(ids < 0) | (ids >= self.num_blocks)]
         if len(outside):
-            raise InvalidBlockError(f"blocks: got {outside[:20].tolist()}, want 0 to {self.num_blocks - 1}")
+            raise InvalidBlockError(f"{name}: got {outside[:20].tolist()}, want 0 to {self.num_blocks - 1}")
+
+    def check_held(self, ids: np.ndarray, error: type[InvalidBlockError], name: str = "blocks") -> None:
+        """Raise ``error`` where a block has fewer references than it is named among ``ids`` i32[n].
+
+        Raises:
+            InvalidBlockError: an id outside the pool.
+        """
+        self.check_inside(ids, name)
+        named, times = np.unique(ids, return_counts=True)
+        lacking = named[self.ref_counts()[named] < times]
+        if len(lacking):
+            raise error(f"{name}: got {lacking[:20].tolist()}, want blocks with that many references")
 
 
 def _padded_size(count: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pallas_kernels.compressed_slots import CompressedSlotMapping
 from pallas_kernels.compressed_slots import compress_slots as _compress_slots
+from pyagent_kv_jax.arguments import static_count
 from pyagent_kv_jax.errors import InvalidArgumentError, ShapeMismatchError, is_concrete
 from pyagent_kv_jax.tables.padding import power_of_two
 
@@ -36,10 +37,10 @@ def compress_slots(slots: Any, block_size: int, capacity: int | None = None) -> 
     array = slots if isinstance(slots, jax.Array) else np.asarray(slots)
     if array.ndim != 1 or array.dtype != np.int32:
         raise ShapeMismatchError(f"slots: got {array.dtype}{list(array.shape)}, want int32[tokens]")
-    _require_count("block_size", block_size, 1)
+    block_size = static_count("block_size", block_size, 1)
     if capacity is None:
         capacity = power_of_two(_words_wanted(array, block_size))
-    _require_count("capacity", capacity, 0)
+    capacity = static_count("capacity", capacity)
     mapping, ok, wanted = _compress(array, block_size, capacity)
     if is_concrete(ok) and not ok:
         if int(wanted) > capacity:
@@ -52,11 +53,6 @@ def _words_wanted(slots: Any, block_size: int) -> int:
     if not is_concrete(slots):
         raise InvalidArgumentError("capacity: got None for traced slots, want a static integer")
     return int(_compress(slots, block_size, 0)[2])
-
-
-def _require_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise InvalidArgumentError(f"{name}: got {value!r}, want a static integer of at least {least}")
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -12,11 +12,11 @@ from jax.typing import ArrayLike
 
 from pyagent_kv_jax.arguments import integer
 from pyagent_kv_jax.config import BlockTableConfig, DeviceType
+from pyagent_kv_jax.tables.block_ids import new_block_ids
 from pyagent_kv_jax.tables.block_table import BlockTable
 from pyagent_kv_jax.tables.host_step import CONTROL_STEP_ON_CPU
 from pyagent_kv_jax.tables.padding import padded
 from pyagent_kv_jax.tables.refusals import raise_if, why_not_appended, why_not_extended
-from pyagent_kv_jax.tables.row_arguments import new_block_ids
 from pyagent_kv_jax.tables.row_methods import RowMethods
 from pyagent_kv_jax.tables.rows import append_rows, clear_rows
 from pyagent_kv_jax.tables.sparse_block_table import SparseBlockTable

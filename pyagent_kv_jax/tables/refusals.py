@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pyagent_kv_jax.errors import InvalidArgumentError, InvalidBlockError, KVCacheError, RequestTooLongError
-from pyagent_kv_jax.tables.row_arguments import NO_BLOCK
+from pyagent_kv_jax.tables.block_ids import NO_BLOCK
 from pyagent_kv_jax.tables.table_storage import TableStorage
 
 
@@ -18,9 +18,7 @@ def raise_if(error: KVCacheError | None) -> None:
 def why_not_appended(table: TableStorage, row: int, ids: np.ndarray, num_tokens: int) -> KVCacheError | None:
     """The error for appending blocks ``ids`` to a row, padding left out; None where there is nothing wrong."""
     ids = ids[: np.max(np.nonzero(ids != NO_BLOCK)[0], initial=-1) + 1]
-    if np.any(ids < 0):
-        return InvalidBlockError(f"block_ids: got {ids.min()}, want ids of 0 or more")
-    return why_not_extended(table, row, len(ids), num_tokens)
+    return _wrong_ids(table, ids) or why_not_extended(table, row, len(ids), num_tokens)
 
 
 def why_not_extended(table: TableStorage, row: int, num_blocks: int, num_tokens: int) -> KVCacheError | None:
@@ -55,8 +53,8 @@ def why_not_set(table: TableStorage, rows: np.ndarray, columns: np.ndarray, ids:
     if beyond.any():
         row, column = rows[beyond][0], columns[beyond][0]
         return RequestTooLongError(f"row {row}: got column {column}, want one of its {table.width} columns")
-    if ids.min() < 0:
-        return InvalidBlockError(f"block_ids: got {ids.min()}, want ids of 0 or more")
+    if error := _wrong_ids(table, ids):
+        return error
     order = np.lexsort((columns, rows))
     rows, columns = rows[order], columns[order]
     twice = np.flatnonzero((rows[1:] == rows[:-1]) & (columns[1:] == columns[:-1]))
@@ -64,3 +62,10 @@ def why_not_set(table: TableStorage, rows: np.ndarray, columns: np.ndarray, ids:
         row, column = rows[twice[0]], columns[twice[0]]
         return InvalidArgumentError(f"columns: got {column} of row {row} twice, want no column of a row twice")
     return table.no_room_error(rows, columns)
+
+
+def _wrong_ids(table: TableStorage, ids: np.ndarray) -> KVCacheError | None:
+    wrong = ids[(ids < 0) | (ids > table.max_block_id)]
+    if not wrong.size:
+        return None
+    return InvalidBlockError(f"block_ids: got {wrong[0]}, want 0 to {table.max_block_id}, so that slots fit int32")

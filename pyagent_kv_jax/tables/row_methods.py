@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pyagent_kv_jax.arguments import integer, shown
+from pyagent_kv_jax.arguments import as_int32, integer, integers, shown, static_count
 from pyagent_kv_jax.errors import (
     InvalidArgumentError,
     ShapeMismatchError,
@@ -24,9 +24,9 @@ from pyagent_kv_jax.errors import (
     require,
 )
 from pyagent_kv_jax.tables import rows as batched
+from pyagent_kv_jax.tables.block_ids import NO_BLOCK, new_block_ids
 from pyagent_kv_jax.tables.padding import padded, power_of_two
 from pyagent_kv_jax.tables.refusals import raise_if, why_not_appended, why_not_set
-from pyagent_kv_jax.tables.row_arguments import NO_BLOCK, integers, new_block_ids, static_count
 from pyagent_kv_jax.tables.slot_mapping import ContextParallel, SlotMapping, slots_of
 from pyagent_kv_jax.tables.table_storage import TableStorage
 
@@ -43,7 +43,7 @@ class RowMethods(TableStorage):
         Raises:
             RequestTooLongError: the row has no columns left for them.
             InvalidArgumentError: no such row, a negative count, or more tokens than the row's blocks hold.
-            InvalidBlockError: a negative id.
+            InvalidBlockError: an id below 0 or above ``max_block_id``.
             TableFullError: a sparse table has no room for them.
         """
         row, ids = self.check_row(row_idx), new_block_ids(block_ids)
@@ -112,7 +112,7 @@ class RowMethods(TableStorage):
         Raises:
             RequestTooLongError: the row has no such column.
             InvalidArgumentError: no such row, or a negative position.
-            InvalidBlockError: a negative id.
+            InvalidBlockError: an id below 0 or above ``max_block_id``.
             TableFullError: a sparse table has no room for it.
         """
         row, column, block = self.check_row(row_idx), integer("position", position), integer("block_id", block_id)
@@ -225,13 +225,14 @@ class RowMethods(TableStorage):
 
         Raises:
             ShapeMismatchError: not integers of shape [T, 2].
-            InvalidArgumentError: a row that is not there, or a position past the row's tokens.
+            InvalidArgumentError: a row that is not there, a position past the row's tokens, or no int32.
         """
         tokens = token_positions if isinstance(token_positions, jax.Array) else np.asarray(token_positions)
         if tokens.ndim != 2 or tokens.shape[1] != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ShapeMismatchError(
                 f"token_positions: got {tokens.dtype}{list(tokens.shape)}, want int32[T, 2] of (row, position)"
             )
+        tokens = as_int32("token_positions", tokens)
         slots, ok = _token_slots(self, tokens)
         if is_concrete(ok) and not ok:
             wrong = np.asarray(tokens)[(np.asarray(slots) < 0) & np.any(np.asarray(tokens) != -1, axis=1)][0]
@@ -361,7 +362,6 @@ def _row_slots(table: RowMethods, row: Any, start: Any, length: Any, padded: int
 
 @jax.jit
 def _token_slots(table: RowMethods, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    tokens = jnp.asarray(tokens, jnp.int32)
     slots = slots_of(table, tokens[:, 0], tokens[:, 1])
     padding = jnp.all(tokens == -1, axis=1)
     return slots, jnp.all(padding | (slots >= 0))

@@ -46,8 +46,8 @@ def append_rows(
 
     Returns:
         The new table and ok bool[B]. Refused: a row that would outgrow its width, more tokens than its blocks hold,
-        a negative count or id, a row that is not there or named twice, a sparse table without room; all of them when
-        the offsets are not offsets.
+        a negative count, an id below 0 or above ``table.max_block_id``, a row that is not there or named twice, a
+        sparse table without room; all of them when the offsets are not offsets.
     """
     num_rows, width = table.num_rows, table.width
     capacity, num_entries = block_ids.shape[0], row_offsets.shape[0] - 1
@@ -58,8 +58,9 @@ def append_rows(
     room = (held_blocks + lengths) * (table.config.block_size * context_parallel_size) - held_tokens
 
     entries = rows_of_entries(row_offsets, capacity)
-    is_negative = jnp.zeros(num_entries, bool).at[entries].max(block_ids < 0, mode="drop")
-    ok = (held_blocks + lengths <= width) & (num_tokens >= 0) & (num_tokens <= room) & ~is_negative
+    is_wrong = (block_ids < 0) | (block_ids > table.max_block_id)
+    has_wrong = jnp.zeros(num_entries, bool).at[entries].max(is_wrong, mode="drop")
+    ok = (held_blocks + lengths <= width) & (num_tokens >= 0) & (num_tokens <= room) & ~has_wrong
     ok &= are_offsets(row_offsets, capacity)
     if rows is not None:
         ok &= (target == row) & (_times_named(target, num_rows)[row] == 1)
@@ -98,13 +99,14 @@ def set_blocks(table: Table, rows: jax.Array, columns: jax.Array, block_ids: jax
 
     Returns:
         The new table and ok bool[]: false, and nothing changed, for a row or column that is not there or named twice,
-        a negative id, or a sparse table without room.
+        an id below 0 or above ``table.max_block_id``, or a sparse table without room.
     """
     num_rows, last = table.num_rows, jnp.iinfo(jnp.int32).max
     padding = rows == -1
     order = jnp.lexsort((columns, jnp.where(padding, last, rows)))  # a row's columns side by side, padding last
     row, column, ids, padding = (x[order] for x in (rows, columns, block_ids, padding))
-    right = (row >= 0) & (row < num_rows) & (column >= 0) & (column < table.width) & (ids >= 0)
+    right = (row >= 0) & (row < num_rows) & (column >= 0) & (column < table.width)
+    right &= (ids >= 0) & (ids <= table.max_block_id)
     twice = (row[1:] == row[:-1]) & (column[1:] == column[:-1]) & ~padding[1:]
     ok = jnp.all(right | padding) & ~jnp.any(twice)
     table, written = table.write_blocks(Entries(row, column, ids, padding.astype(jnp.int32)), ok[None])

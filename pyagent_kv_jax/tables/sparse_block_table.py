@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from functools import partial
 from typing import Self
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pyagent_kv_jax.arguments import is_count
 from pyagent_kv_jax.config import BlockTableConfig
 from pyagent_kv_jax.errors import ConfigError, KVCacheError, TableFullError, is_concrete, require
 from pyagent_kv_jax.tables.block_table import BlockTable
@@ -77,7 +77,7 @@ class SparseBlockTable(RowMethods):
         if fan_out is None:
             fan_out = min(max(power_of_two(math.isqrt(width - 1) + 1), 16), 256)  # other sizes are read 4 times slower
         for name, value, least, most in (("fan_out", fan_out, 2, 1024), ("num_blocks", num_blocks, 1, 2**31 - 1)):
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= value <= most:
+            if not is_count(value) or not least <= value <= most:
                 raise ConfigError(f"SparseBlockTable.{name}: got {value!r}, want an integer from {least} to {most}")
         num_nodes = nodes_for(config, num_blocks, fan_out)
         if num_nodes * fan_out >= 2**31:
@@ -207,7 +207,8 @@ class SparseBlockTable(RowMethods):
 
     def _parts(self, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
         """For each level, root first: the columns' higher digits in base F, and the digit there. i32[D, ...] each."""
-        powers = [self.fan_out**level for level in reversed(range(_depth(self.width, self.fan_out) + 1))]
+        levels = range(_depth(self.width, self.fan_out), -1, -1)
+        powers = [min(self.fan_out**level, 2**31 - 1) for level in levels]  # columns are below both
         powers_along = np.array(powers, np.int32).reshape(-1, *(1 for _ in columns.shape))
         quotients = lax.div(*jnp.broadcast_arrays(columns, powers_along))  # // would take care of negative ones
         return quotients[:-1], lax.rem(quotients[1:], jnp.int32(self.fan_out))

@@ -65,6 +65,11 @@ class TableStorage(abc.ABC):
         return self.config.max_num_blocks_per_req
 
     @property
+    def max_block_id(self) -> int:
+        """The greatest block id of which every slot is at most 2**31 - 2, and so an int32, as are slots + 1."""
+        return (2**31 - 1) // self.config.block_size - 1
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays of the table."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import chex
@@ -150,6 +151,8 @@ def test_traced_a_refused_row_changes_nothing(pool) -> None:
         chex.assert_trees_all_equal(after, pool)
         with pytest.raises(OutOfBlocksError, match=r"row 0: got a request for 11 .*10 free"):
             require_allocated(after, counts, admitted, how["strategy"])
+    with pytest.raises(InvalidArgumentError, match="row 1: got a request for -1 blocks"):
+        require_allocated(pool, [1, -1], dataclasses.replace(admitted, ok=np.array([True, False])))
 
 
 def test_no_rows_and_no_room(pool) -> None:

@@ -25,6 +25,7 @@ class TableModel:
         self, num_rows: int, width: int, block_size: int, fan_out: int | None = None, num_nodes: int = 0
     ) -> None:
         self.width, self.block_size, self.num_nodes = width, block_size, num_nodes
+        self.num_ids = (2**31 - 1) // block_size  # whose slots fit int32, and slots + 1
         self.spans = [] if fan_out is None else [fan_out]  # columns that a node stands for, by level
         while fan_out is not None and self.spans[-1] < width:
             self.spans.append(self.spans[-1] * fan_out)
@@ -53,7 +54,7 @@ class TableModel:
         if not self.has_row(row):
             return InvalidArgumentError
         total = len(self.blocks[row]) + len(ids)
-        if any(block < 0 for block in ids):
+        if not all(0 <= block < self.num_ids for block in ids):
             return InvalidBlockError
         if total > self.width:
             return InvalidArgumentError if tokens < 0 else RequestTooLongError
@@ -74,7 +75,7 @@ class TableModel:
             return InvalidArgumentError
         if any(column >= self.width for _, column in places):
             return RequestTooLongError
-        if any(block < 0 for *_, block in entries):
+        if not all(0 <= block < self.num_ids for *_, block in entries):
             return InvalidBlockError
         if len(set(places)) < len(places):
             return InvalidArgumentError

@@ -31,6 +31,13 @@ def test_bytes_follow_the_blocks_in_use():
     assert jax.eval_shape(lambda: SparseBlockTable.create(config)).nbytes * 20 < dense.nbytes
 
 
+def test_columns_whose_digits_outnumber_an_int32():
+    """Four levels of 256: 2**32 columns, of which the row has 2**24 + 1."""
+    table = SparseBlockTable.create(BlockTableConfig(1, 1, 2**24 + 1), 2)
+    assert (table.fan_out, table.num_nodes) == (256, 4)
+    assert int(table.set_block(0, 2**24, 7).get_block(0, 2**24)) == 7
+
+
 @pytest.mark.parametrize("fan_out", [2, 3, 8])
 def test_nodes_are_enough_for_any_rows_and_hardly_more(fan_out):
     """Every way in which three rows can hold up to seven blocks each."""

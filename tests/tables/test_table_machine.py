@@ -31,7 +31,9 @@ _step_slots = jax.jit(tables.step_slots, static_argnums=3)
 
 a_row = st.integers(0, ROWS - 1)
 any_row = st.one_of(a_row, a_row, a_row, st.integers(-2, ROWS + 1))
-block_ids = st.lists(st.one_of(st.integers(0, 50), st.integers(0, 50), st.integers(-2, 50)), max_size=4)
+last_id = st.just((2**31 - 1) // BLOCK - 1)
+too_large = last_id.map(lambda block: block + 1)
+block_ids = st.lists(st.one_of(*[st.integers(0, 50)] * 6, st.integers(-2, 50), last_id, too_large), max_size=4)
 any_column = st.one_of(st.integers(0, WIDTH - 1), st.integers(0, WIDTH - 1), st.integers(-1, WIDTH))
 token_counts = st.one_of(st.integers(0, 6), st.integers(-2, 25))
 
@@ -74,7 +76,7 @@ class TableMachine(RuleBasedStateMachine):
         if self.attempt(wrong, lambda: self.table.append_row(row, ids, tokens)):
             self.model.append(row, ids, tokens)
 
-    @rule(row=any_row, column=any_column, block=st.integers(-1, 50))
+    @rule(row=any_row, column=any_column, block=st.one_of(st.integers(-1, 50), last_id, too_large))
     def set_block(self, row, column, block) -> None:
         if self.attempt(
             self.model.why_not_set([(row, column, block)]), lambda: self.table.set_block(row, column, block)
@@ -135,7 +137,12 @@ class TableMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def append_rows(self, data) -> None:
         ids = [
-            data.draw(st.lists(st.integers(-1, 50) if r == 0 else st.integers(0, 50), max_size=3)) for r in range(ROWS)
+            data.draw(
+                st.lists(
+                    st.one_of(st.integers(-1, 50), last_id, too_large) if r == 0 else st.integers(0, 50), max_size=3
+                )
+            )
+            for r in range(ROWS)
         ]
         tokens = data.draw(st.lists(token_counts, min_size=ROWS, max_size=ROWS))
         rows = data.draw(st.one_of(st.none(), st.lists(any_row, min_size=ROWS, max_size=ROWS)))
