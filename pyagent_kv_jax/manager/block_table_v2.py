@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from pyagent_kv_jax.arguments import integer
 from pyagent_kv_jax.config import BlockAllocationStrategy, BlockTableConfig
 from pyagent_kv_jax.errors import (
+    ConfigError,
     DuplicateRequestError,
     InvalidArgumentError,
     UnknownRequestError,
@@ -85,7 +86,7 @@ class BlockTableV2:
             num_nodes: that NUMA_AWARE knows; divides ``num_blocks``.
 
         Raises:
-            ConfigError: not a count of blocks, or nodes that do not divide it.
+            ConfigError: not a count of blocks, more than slots in int32 can name, or nodes that do not divide it.
             InvalidArgumentError: a horizon that is none.
             DeviceUnavailableError: JAX's CPU backend is hidden.
         """
@@ -95,6 +96,8 @@ class BlockTableV2:
             num_blocks, config.block_size, prediction_horizon, num_nodes=num_nodes
         )
         self._rows = HostTable(config, num_blocks if use_sparse else None)
+        if num_blocks > (most := self._rows.methods.max_block_id + 1):
+            raise ConfigError(f"num_blocks: got {num_blocks}, want at most {most}, so that slots fit int32")
         self._use_prediction = use_prediction
         self._lock = threading.Lock()
         self._row_of: dict[str, int] = {}

@@ -8,9 +8,15 @@ import threading
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyagent_kv_jax.arguments import integer
+from pyagent_kv_jax.arguments import integer, integers
 from pyagent_kv_jax.config import BlockAllocationStrategy
-from pyagent_kv_jax.errors import InvalidArgumentError, InvalidBlockError, OutOfBlocksError, UnknownRequestError
+from pyagent_kv_jax.errors import (
+    InvalidArgumentError,
+    InvalidBlockError,
+    OutOfBlocksError,
+    ShapeMismatchError,
+    UnknownRequestError,
+)
 from pyagent_kv_jax.manager.growth_predictor import GrowthPredictor
 from pyagent_kv_jax.pool.host_pool import HostPool
 
@@ -220,8 +226,15 @@ class PredictiveBlockAllocator:
         except OutOfBlocksError:
             if not self._num_reserved():
                 raise
+        reserved = [(request, request.reserved) for request in self._requests.values()]
         self._give_back_all()
-        return self._pool.allocate(count, strategy, node)
+        try:
+            return self._pool.allocate(count, strategy, node)
+        except OutOfBlocksError:  # nobody is served, so nobody loses a reserve
+            for request, ids in reserved:
+                request.reserved = ids
+                self._pool.take(ids)
+            raise
 
     def _predict_future_need(self, request_id: str, count: int = 0) -> int:
         """Blocks to reserve for a request that now gets ``count``."""
@@ -253,7 +266,8 @@ class PredictiveBlockAllocator:
 
 
 def _ids(block_ids: ArrayLike) -> np.ndarray:
-    array = np.atleast_1d(np.asarray(block_ids))
-    if array.size and (array.ndim != 1 or not np.issubdtype(array.dtype, np.integer)):
-        raise InvalidBlockError(f"block_ids: got {array.dtype}{list(array.shape)}, want int32[n]")
-    return array.astype(np.int32)
+    try:
+        ids: np.ndarray = integers("block_ids", np.atleast_1d(np.asarray(block_ids)))
+    except (ShapeMismatchError, InvalidArgumentError) as error:
+        raise InvalidBlockError(str(error)) from None
+    return ids

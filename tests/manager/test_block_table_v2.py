@@ -280,6 +280,8 @@ def test_the_factory_makes_every_form():
     assert isinstance(v2.table, SparseBlockTable)
     assert v2.get_stats().num_blocks == 65_536
     assert BlockTableFactory.create_v2(max_num_reqs=2).get_stats().num_blocks == 1024
+    with pytest.raises(ConfigError, match="want at most 32767, so that slots fit int32"):
+        BlockTableFactory.create_v2(2**16, num_blocks=2**15)
     with pytest.raises(ConfigError, match="num_nodes: got 5"):
         BlockTableFactory.create_v2(num_nodes=5)
     with pytest.raises(ConfigError, match="kernel_block_size"):

@@ -156,6 +156,11 @@ def test_a_run_that_reserves_stand_in_is_found() -> None:
     allocator = PredictiveBlockAllocator(16, prediction_horizon=1000)
     grow(allocator, "a", 3)
     assert allocator.num_reserved == 3
+    for count in (11, 2**31 - 1):  # refused, with the reserves as they were
+        with pytest.raises(OutOfBlocksError, match="want at most 10, the longest run of the 10 free"):
+            allocator.allocate("b", count, strategy=BlockAllocationStrategy.CONTIGUOUS)
+    assert allocator.num_reserved == 3
+    assert allocator.get_num_free() == 10
     assert len(allocator.allocate("b", 10, strategy=BlockAllocationStrategy.CONTIGUOUS)) == 10
     with pytest.raises(OutOfBlocksError, match="longest"):
         allocator.allocate("c", 1, strategy=BlockAllocationStrategy.CONTIGUOUS)
@@ -178,6 +183,7 @@ def test_a_reserved_block_counts_as_free() -> None:
         (lambda a: a.allocate("a", 1, strategy=BlockAllocationStrategy.NUMA_AWARE, node=7), InvalidArgumentError),
         (lambda a: a.free([0]), DoubleFreeError),
         (lambda a: a.free([99]), InvalidBlockError),
+        (lambda a: a.free([2**32]), InvalidBlockError),
         (lambda a: a.free(["x"]), InvalidBlockError),
         (lambda a: a.acquire([-1]), InvalidBlockError),
         (lambda a: a.finish("nobody"), UnknownRequestError),
