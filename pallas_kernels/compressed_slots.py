@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from pallas_kernels.arguments import require_positive_int
+from pallas_kernels.arguments import require_int32, require_positive_int
 from pallas_kernels.checking import check
 
 PADDING = -(2**31)
@@ -52,6 +52,7 @@ class CompressedSlotMapping:
         """i32[]: words that are not padding."""
         return jnp.sum(self.words != PADDING, dtype=jnp.int32)
 
+    @property
     @jax.jit
     def num_tokens(self) -> jax.Array:
         """i32[]: tokens that the words speak of, those that go nowhere included."""
@@ -154,7 +155,13 @@ def compress_slots(
     Returns:
         (mapping, ok bool[], words wanted i32[]). Not ok, and no word but padding (nothing is written rather than
         something wrong): more words than ``capacity``, or a slot that is not in [-1, 2**31 - 2].
+
+    Raises:
+        ArgumentError: slots of another dtype or shape; a block size or capacity that is no static count.
     """
+    require_int32("slots", slots, "int32[tokens]", 1)
+    require_positive_int("block_size", block_size)
+    require_positive_int("capacity", capacity, minimum=0)
     kinds, length = _runs(slots, block_size)
     num_words = jnp.cumsum(kinds, dtype=jnp.int32)
     wanted = jnp.max(num_words, initial=0)

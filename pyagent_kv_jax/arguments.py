@@ -38,21 +38,23 @@ def integers(name: str, values: ArrayLike, length: int | None = None) -> Any:
         InvalidArgumentError: an integer that is no int32.
     """
     array: Any = values if isinstance(values, jax.Array) else np.asarray(values)
-    is_flat = array.ndim == 1 and length in (None, array.shape[0])
-    if not is_flat or (array.size and not jnp.issubdtype(array.dtype, jnp.integer)):
-        want = "n" if length is None else length
-        raise ShapeMismatchError(f"{name}: got {array.dtype}{list(array.shape)}, want int32[{want}]")
-    return as_int32(name, array)
+    want = f"int32[{'n' if length is None else length}]"
+    if array.ndim != 1 or length not in (None, array.shape[0]):
+        raise ShapeMismatchError(f"{name}: got {array.dtype}{list(array.shape)}, want {want}")
+    return as_int32(name, array, want)
 
 
-def as_int32(name: str, array: Any) -> Any:
-    """An array of integers as int32, where it is.
+def as_int32(name: str, array: Any, want: str) -> Any:
+    """An array as int32, where it is.
 
     Raises:
+        ShapeMismatchError: not of integers.
         InvalidArgumentError: an integer that is no int32.
     """
     if array.dtype == np.int32:
         return array
+    if array.size and not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ShapeMismatchError(f"{name}: got {array.dtype}{list(array.shape)}, want {want}")
     if array.size and is_concrete(array):
         low, high = (int(bound) for bound in (array.min(), array.max()))
         if not -(2**31) <= low <= high < 2**31:

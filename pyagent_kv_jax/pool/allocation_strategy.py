@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from pyagent_kv_jax.arguments import integers, is_count
+from pyagent_kv_jax.arguments import as_int32, integers, is_count
 from pyagent_kv_jax.config import BlockAllocationStrategy
 from pyagent_kv_jax.errors import ConfigError, InvalidArgumentError, OutOfBlocksError, is_concrete
 from pyagent_kv_jax.pool import queues
@@ -135,10 +135,12 @@ def node_of_block(ids: ArrayLike, num_blocks: int, num_nodes: int) -> jax.Array:
 
     Raises:
         ConfigError: ``num_nodes`` is no positive integer that divides ``num_blocks``.
+        ShapeMismatchError: ids that are not integers.
+        InvalidArgumentError: one that is no int32.
     """
     require_nodes(num_blocks, num_nodes)
-    ids = jnp.asarray(ids, jnp.int32)
-    return jnp.where((ids >= 0) & (ids < num_blocks), ids // (num_blocks // num_nodes), -1)
+    block = jnp.asarray(as_int32("ids", ids if isinstance(ids, jax.Array) else np.asarray(ids), "int32[...]"))
+    return jnp.where((block >= 0) & (block < num_blocks), block // (num_blocks // num_nodes), -1)
 
 
 def _strategy(strategy: str) -> BlockAllocationStrategy:

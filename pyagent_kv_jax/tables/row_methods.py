@@ -228,11 +228,10 @@ class RowMethods(TableStorage):
             InvalidArgumentError: a row that is not there, a position past the row's tokens, or no int32.
         """
         tokens = token_positions if isinstance(token_positions, jax.Array) else np.asarray(token_positions)
-        if tokens.ndim != 2 or tokens.shape[1] != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ShapeMismatchError(
-                f"token_positions: got {tokens.dtype}{list(tokens.shape)}, want int32[T, 2] of (row, position)"
-            )
-        tokens = as_int32("token_positions", tokens)
+        want = "int32[T, 2] of (row, position)"
+        if tokens.ndim != 2 or tokens.shape[1] != 2:
+            raise ShapeMismatchError(f"token_positions: got {tokens.dtype}{list(tokens.shape)}, want {want}")
+        tokens = as_int32("token_positions", tokens, want)
         slots, ok = _token_slots(self, tokens)
         if is_concrete(ok) and not ok:
             wrong = np.asarray(tokens)[(np.asarray(slots) < 0) & np.any(np.asarray(tokens) != -1, axis=1)][0]

@@ -85,6 +85,8 @@ def test_a_node_is_emptied_before_the_others_give_theirs(pool) -> None:
     assert ids_of(pool, [4, 2], node=[1, 2], **near) == [5, 7, 6, 3, 9, 11]  # row 1's own blocks are not row 0's
     assert ids_of(pool, [1, 2, 1], node=1, **near) == [5, 7, 6, 9]
     assert node_of_block([0, 3, 4, 11, 12, -1], 12, 3).tolist() == [0, 0, 1, 2, -1, -1]
+    with pytest.raises(InvalidArgumentError, match=f"ids: got {2**32}"):
+        node_of_block(np.array([2**32]), 12, 3)
 
 
 def test_after_fragmentation_the_run_is_found_or_the_figures_are_said() -> None:

@@ -106,7 +106,7 @@ def test_every_stream_of_words_is_read_and_shifted_as_plain_python_does(words: l
 def test_numbers_of_words_and_tokens_and_runs() -> None:
     mapping, _ = compress_slots(np.array([8, 9, 10, 11, -1, -1, 5, -1], np.int32), BLOCK_SIZE, 8)
     assert mapping.words.tolist() == [2, -2, 0, -1, 6, PADDING, PADDING, PADDING]
-    assert (int(mapping.num_words), int(mapping.num_tokens()), mapping.capacity) == (5, 7, 8)
+    assert (int(mapping.num_words), int(mapping.num_tokens), mapping.capacity) == (5, 7, 8)
     runs = mapping.as_runs()
     assert runs[runs[:, 2] > 0].tolist() == [[8, 0, 4], [-1, 4, 2], [5, 6, 1]]
 
@@ -121,7 +121,7 @@ def test_numbers_that_overflow_name_nothing_that_is_there() -> None:
     assert last.shifted(-(2**31)).expand(1).tolist() == [LARGEST]
     long = dataclasses.replace(mapping, words=jnp.array([-(2**31 - 1), 1, -(2**31 - 1), 1, 3], jnp.int32))
     assert _expand(long).tolist() == [-1] * T
-    assert int(long.num_tokens()) == 0
+    assert int(long.num_tokens) == 0
     backward = dataclasses.replace(mapping, words=jnp.array([3, -2, 5, PADDING], jnp.int32)).shifted(-2)
     assert backward.expand(6).tolist()[:4] == [4, 5, 6, 7]
     assert min(backward.expand(6).tolist()[4:]) >= LARGEST
@@ -149,7 +149,7 @@ def test_no_tokens_and_no_words() -> None:
     assert ok
     assert empty.expand(3).tolist() == [-1] * 3
     assert empty.shifted(2).as_runs().shape == (0, 3)
-    assert int(empty.num_tokens()) == 0
+    assert int(empty.num_tokens) == 0
 
 
 @pytest.mark.parametrize(
@@ -197,3 +197,17 @@ def test_checking_mode_reports(words: list[int], message: str) -> None:
 
 def test_one_class_in_every_place_it_is_imported_from() -> None:
     assert pallas_kernels.CompressedSlotMapping is pyagent_kv_jax.CompressedSlotMapping is CompressedSlotMapping
+
+
+@pytest.mark.parametrize(
+    ("slots", "sizes", "message"),
+    [
+        (np.zeros(3), (4, 2), r"slots: got float64\[3\], want int32\[tokens\]"),
+        (np.zeros((3, 1), np.int32), (4, 2), r"slots: got int32\[3, 1\]"),
+        (np.zeros(3, np.int32), (0, 2), "block_size: got 0"),
+        (np.zeros(3, np.int32), (4, -1), "capacity: got -1"),
+    ],
+)
+def test_the_kernels_own_function_refuses_them_too(slots, sizes, message) -> None:
+    with pytest.raises(pallas_kernels.ArgumentError, match=message):
+        pallas_kernels.compress_slots(slots, *sizes)
