@@ -48,7 +48,7 @@ CONFIG = KVCacheConfig(
     layer_groups=(LayerGroup((0,), sliding_window=WINDOW), LayerGroup((1,))),
     device=DeviceType.CPU,
 )
-OPTIONS = ManagerOptions(num_host_blocks=HOST_BLOCKS, event_capacity=64)
+OPTIONS = ManagerOptions(num_host_blocks=HOST_BLOCKS, event_capacity=64, prediction_horizon=6)
 GROWTH_BOUND = 8.0  # MiB; a leak of 16 bytes a step is 12 MiB in 750,000 steps
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
 
