@@ -160,6 +160,7 @@ class ControlPlane:
 
         What was out of sight when that step began is given back, as the step would have done.
         """
+        self._flush_marks()  # of blocks that are about to be free
         self._state = _advance(self._state, used, latest, capacity=self._most_ahead)
 
     def out_of_sight(self, used: np.ndarray, latest: np.ndarray, but: list[int]) -> list[np.ndarray]:

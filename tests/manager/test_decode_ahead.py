@@ -200,9 +200,14 @@ def test_blocks_that_rejected_drafts_left_come_back_whatever_the_horizon() -> No
 def test_between_two_calls_too_an_allocation_finds_what_no_window_sees() -> None:
     plain, ahead = manager(0, groups=WINDOWS), manager(9, groups=WINDOWS)
     for served in (plain, ahead):
+        served.add_request("a", np.arange(40))
         served.step(["a"], [1], num_rows=ROWS, num_tokens=64)
-        for _ in range(30):
+        for number in range(30):
             decode(served, ["a"])
+            if number % 13 != 12:  # so that a block can be filled and out of sight between two calls
+                continue
+            cached = np.flatnonzero(served._state.control.state.pool.cached)
+            assert sorted(served._state.prefixes.cached_ids().tolist()) == cached.tolist()
     assert plain.stats().empty_slot_share == ahead.stats().empty_slot_share
     tokens = plain.get_num_free_blocks() // 2 * BLOCK
     for served in (plain, ahead):
