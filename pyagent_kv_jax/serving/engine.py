@@ -89,20 +89,8 @@ class Engine:
     def __init__(self, model: nnx.Module, backend: CacheBackend, config: EngineConfig = EngineConfig()) -> None:
         self.backend = backend
         self.config = config
-        sizes = backend.config
-        self.scheduler = Scheduler(
-            SchedulerConfig(
-                max_num_seqs=config.max_num_seqs,
-                token_budget=config.token_budget,
-                block_size=sizes.block_size,
-                num_blocks=sizes.pool_blocks,
-                max_model_len=sizes.max_model_len,
-                watermark_blocks=int(config.watermark * sizes.pool_blocks),
-                num_groups=len(sizes.groups),
-                most_blocks=lambda num_tokens: sizes.most_blocks(num_tokens, config.token_budget),
-                can_fork=backend.can_fork,
-            )
-        )
+        sizes = self._sizes = backend.config
+        self.scheduler = Scheduler(self._scheduler_config())
         if backend.config.max_num_reqs < config.max_num_seqs:
             raise InvalidArgumentError(
                 f"max_num_seqs: got {config.max_num_seqs}, want at most the cache's max_num_reqs = "
@@ -121,6 +109,20 @@ class Engine:
             on_device = sizes.device_type is not DeviceType.CPU
         self.tables = TablesOnDevice() if on_device else None
         self._broke_off = False  # blocks of a step may be in the prefix cache that the model has not written
+
+    def _scheduler_config(self) -> SchedulerConfig:
+        sizes, config = self._sizes, self.config
+        return SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            token_budget=config.token_budget,
+            block_size=sizes.block_size,
+            num_blocks=sizes.pool_blocks,
+            max_model_len=sizes.max_model_len,
+            watermark_blocks=int(config.watermark * sizes.pool_blocks),
+            num_groups=len(sizes.groups),
+            most_blocks=lambda num_tokens: sizes.most_blocks(num_tokens, config.token_budget),
+            can_fork=self.backend.can_fork,
+        )
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -187,6 +189,9 @@ class Engine:
             CallbackError: a memory-pressure callback of the cache raised; the step itself is complete.
             KVCacheError: the model gave NaN for a token.
         """
+        if self.backend.config is not self._sizes:  # the cache has changed its block size
+            self._sizes = self.backend.config
+            self.scheduler.config = self._scheduler_config()
         schedule = self.scheduler.schedule(self.backend.get_num_free_blocks, self.backend.preview)
         self._broke_off = True
         plan = self._plan(schedule)

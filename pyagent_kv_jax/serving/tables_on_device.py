@@ -31,7 +31,7 @@ class TablesOnDevice:
         if self._buffer is not None and tables is self._last:
             return self._buffer.get_gpu()
         self._last, rows = tables, tables.reshape(-1, tables.shape[-1])
-        if self._buffer is None:
+        if self._buffer is None or self._buffer.get_cpu().shape != rows.shape:  # another block size has other tables
             self._buffer = CpuGpuBuffer(rows.shape, np.int32)
         changed = np.flatnonzero((rows != self._buffer.get_cpu()).any(axis=1))
         self._buffer.set_rows(changed, rows[changed])
