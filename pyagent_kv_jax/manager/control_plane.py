@@ -89,9 +89,9 @@ class ControlPlane:
         if restored is not None and restored.any():
             computed += _power_of_four(int(restored.sum()))
         new_blocks = num_rows + computed // self._block_size + (restored is not None) * num_rows
-        marks_capacity = new_blocks * len(self._groups)
         if self._horizon and num_tokens is None:
             new_blocks += num_rows * -(-self._horizon // self._block_size)
+        marks_capacity = new_blocks * len(self._groups)  # as many as could have been filled since the last call
         if len(self._marks) > marks_capacity:
             self._flush_marks()
         # Admissions with hits, with frees, from the host: one program for all rather than one for each mixture.
