@@ -115,36 +115,32 @@ class Served:
         self._free = deque(range(ends[-1], self.num_blocks))
 
 
-@dataclasses.dataclass(frozen=True)
 class Decode:
     """One decode step over what is served, in pages of ``page`` tokens."""
 
-    served: Served
-    page: int
-
-    def __post_init__(self) -> None:
-        served, k = self.served, self.served.block_size // self.page
+    def __init__(self, served: Served, page: int) -> None:
+        self.served, self._pages_per_block = served, served.block_size // page
+        k = self._pages_per_block
         table = np.full((REQUESTS, max(map(len, served.blocks)) * k), -1, np.int32)
         for row, blocks in zip(table, served.blocks, strict=True):
             row[: len(blocks) * k] = (np.array(blocks)[:, None] * k + np.arange(k)).ravel()
         keys = jax.random.split(jax.random.key(SEED), 3)
-        shape = (served.num_blocks * k, KV_HEADS, self.page, HEAD_DIM)
-        pages = tuple(jax.random.normal(key, shape) for key in keys[:2])
-        q = jax.random.normal(keys[2], (REQUESTS, Q_HEADS, HEAD_DIM))
-        given = (q, *pages, jnp.asarray(table), jnp.asarray(served.lengths, jnp.int32))
-        object.__setattr__(self, "given", given)
-        object.__setattr__(self, "attend", jax.jit(lambda *arrays: paged_attention(*arrays)))
+        shape = (served.num_blocks * k, KV_HEADS, page, HEAD_DIM)
+        self._pages = tuple(jax.random.normal(key, shape) for key in keys[:2])
+        self._q = jax.random.normal(keys[2], (REQUESTS, Q_HEADS, HEAD_DIM))
+        self._rows = jnp.asarray(table), jnp.asarray(served.lengths, jnp.int32)
+        self._attend = jax.jit(lambda *arrays: paged_attention(*arrays))
 
     def __call__(self) -> jax.Array:
         """The outputs."""
-        return self.attend(*self.given)  # type: ignore[attr-defined]
+        return self._attend(self._q, *self._pages, *self._rows)
 
     def copies_us(self) -> float:
         """Of one step: what keeping runs copies, spread over all steps."""
         if not self.served.moved:
             return 0.0
-        rng, pages = np.random.default_rng(SEED), list(self.given[1:3])  # type: ignore[attr-defined]
-        ids = rng.permutation(pages[0].shape[0])[: self.served.last_moved].astype(np.int32)
+        rng, pages = np.random.default_rng(SEED), list(self._pages)
+        ids = rng.permutation(pages[0].shape[0])[: self.served.last_moved * self._pages_per_block].astype(np.int32)
         copy = jax.jit(paged_copy, donate_argnums=0)
 
         def once() -> jax.Array:
