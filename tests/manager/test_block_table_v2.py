@@ -93,6 +93,20 @@ class V2Machine(RuleBasedStateMachine):
         self.row_of[name] = row
         self.given += count
 
+    @rule(name=names, calls=st.integers(1, 3))
+    def grow(self, name, calls) -> None:
+        """Block by block: else hardly anything would ever be reserved."""
+        for _ in range(calls):
+            self.allocate_for_request(name, "abcd".index(name), 1, None, None, True)
+
+    @rule(row=any_row)
+    def append_a_reserved_block(self, row) -> None:
+        for block in self.reserved()[:1]:
+            self.append_row(row, [block], 0)
+
+    def reserved(self) -> list[int]:
+        return [block for request in self.v2._allocator._requests.values() for block in request.reserved.tolist()]
+
     def why_not_allocate(self, name, row, count, tokens) -> type[KVCacheError] | None:
         if not self.model.has_row(row) or any(at == row and other != name for other, at in self.row_of.items()):
             return InvalidArgumentError
@@ -143,7 +157,8 @@ class V2Machine(RuleBasedStateMachine):
         slots, tokens = sum(map(len, self.model.blocks)) * BLOCK, sum(self.model.tokens)
         assert (stats.num_blocks, stats.num_used_blocks) == (BLOCKS, len(self.used()))
         assert stats.num_free_blocks == BLOCKS - len(self.used())
-        assert stats.num_reserved_blocks <= stats.num_free_blocks
+        reserved = self.reserved()
+        assert stats.num_reserved_blocks == len(reserved) == len(set(reserved) - self.used())
         references, counts = self.v2._allocator._pool.ref_counts(), self.references()
         assert all(references[block] == count for block, count in counts.items())
         assert references.sum() == counts.total() + stats.num_reserved_blocks
