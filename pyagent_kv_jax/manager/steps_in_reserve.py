@@ -21,8 +21,8 @@ class StepsInReserve(ChangesBlockSize):
     def _step_in_reserve(self, batch: Batch, freed_rows: list[int]) -> StepPlan | None:
         """A decode step of requests that all have blocks in reserve for it; None: it takes the control plane."""
         rows = self.rows.rows_of(batch.ids)
-        if batch.num_tokens is not None or not len(rows) or rows.min() < 0:
-            return None
+        if batch.num_tokens is not None or rows.min(initial=0) < 0 or not batch.counts.any():
+            return None  # a step without tokens lets go of what no window sees
         if self._drafts.any() or self._expected.any():
             return None
         batch.check_fit(batch.counts)

@@ -71,7 +71,7 @@ def test_serves_whom_a_manager_without_it_serves(data, groups) -> None:
     for number in range(30):
         free = tuple(name for name in here if data.draw(st.integers(0, 9)) == 0)
         ids = [name for name in here if name not in free and data.draw(st.integers(0, 9))]
-        counts = [1] * len(ids)
+        counts = [min(data.draw(st.integers(0, 4)), 1) for _ in ids]
         if len(here) - len(free) < ROWS and data.draw(st.integers(0, 3)) == 0:
             ids.append(f"r{number}")
             counts.append(data.draw(st.integers(1, 20)))
@@ -149,7 +149,8 @@ def test_requests_that_end_are_freed_with_the_next_call() -> None:
 
 def test_many_requests_that_end_between_two_calls_leave_nothing_behind() -> None:
     """More blocks come back than one step has room to free."""
-    served = manager(8, blocks=100)
+    with mock.patch.object(control_plane, "_FREED_IN_A_STEP", 16):
+        served = manager(8, blocks=100)
     ids = ["a", "b", "c", "d"]
     served.step(ids, [40, 41, 42, 43], num_rows=ROWS, num_tokens=256)
     for _ in range(4):
@@ -177,6 +178,7 @@ def test_what_is_set_aside_for_drafts_is_nobodys_reserve() -> None:
     plain, ahead = manager(0), manager(9)
     for served in (plain, ahead):
         served.step(["a", "b"], [4, 4], num_rows=ROWS, num_tokens=64)
+        decode(served, ["a", "b"])
         served.reserve("a", 7)
         assert served.step(["a", "b"], [0, 1], num_rows=ROWS).ok.all()
         served.allocate("c", 48)
