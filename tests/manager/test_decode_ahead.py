@@ -171,6 +171,10 @@ def test_a_fork_is_copied_before_it_is_written() -> None:
     assert first[0] == second[0]
     assert first[1] != second[1]
     assert served.stats().num_copied_blocks >= 1
+    with Calls() as calls:
+        decode(served, ["a"], free=("b",))
+        assert served.get_num_free_blocks() == 100 - 3  # what both held is still a's
+        assert calls.number == 0
 
 
 def test_what_is_set_aside_for_drafts_is_nobodys_reserve() -> None:
@@ -194,8 +198,10 @@ def test_blocks_that_rejected_drafts_left_come_back_whatever_the_horizon() -> No
         served.reserve(name, 23)
     decode(served, ids)
     assert served.get_num_free_blocks() == 24 - 3 * 2  # 15 of them left by drafts; all rows reserve 12 at most
-    served.allocate("d", 64)
-    assert served.get_num_free_blocks() == 24 - 3 * 2 - 16
+    served.reserve("a", 40)
+    assert served.get_num_free_blocks() == 24 - 12 - 2 * 2
+    served.allocate("d", 32)
+    assert served.get_num_free_blocks() == 0
     served.check_invariants()
 
 
