@@ -114,13 +114,16 @@ class PredictiveBlockAllocator:
         count = int(integer("num_blocks", num_blocks))
         if count < 0:
             raise InvalidArgumentError(f"num_blocks: got {count}, want 0 or more")
+        policy, ahead = strategy or BlockAllocationStrategy.SCATTERED, strategy in _AHEAD
+        if ahead and node is not None:
+            raise InvalidArgumentError(f"node: got {node!r} with '{policy}', want one with 'numa_aware' only")
         with self._lock:
             request = self._requests.get(request_id, _Request(request_id))
-            if strategy in _AHEAD and node is None:
-                predicts = predict_future or strategy == BlockAllocationStrategy.PREDICTIVE
+            if ahead:
+                predicts = predict_future or policy == BlockAllocationStrategy.PREDICTIVE
                 ids = self._allocate_ahead(request, count, predicts)
             else:
-                ids = self._allocate_by(strategy or BlockAllocationStrategy.SCATTERED, node, count)
+                ids = self._allocate_by(policy, node, count)
             self._requests[request_id] = request
             request.held += count
             request.growth += count if request.calls else 0

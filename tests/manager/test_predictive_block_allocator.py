@@ -198,6 +198,7 @@ def test_a_reserved_block_counts_as_free() -> None:
     [
         (lambda a: a.allocate("a", -1), InvalidArgumentError),
         (lambda a: a.allocate("a", 1, strategy=BlockAllocationStrategy.NUMA_AWARE, node=7), InvalidArgumentError),
+        (lambda a: a.allocate("a", 1, strategy=BlockAllocationStrategy.PREDICTIVE, node=0), InvalidArgumentError),
         (lambda a: a.free([0]), DoubleFreeError),
         (lambda a: a.free([99]), InvalidBlockError),
         (lambda a: a.free([2**32]), InvalidBlockError),
