@@ -90,6 +90,7 @@ class DecodeAhead:
             held = control.tables()[:, rows]
             tables = np.full((len(held), num_rows, held.shape[-1]), -1, np.int32)
             tables[:, : len(rows)] = held
+            tables.flags.writeable = False  # several steps show it
             self._tables = rows, tables if self._num_groups > 1 else tables[0]
         return self._tables[1]
 

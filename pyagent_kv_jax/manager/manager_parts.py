@@ -98,7 +98,13 @@ class ManagerParts:
         none = np.zeros((len(self.config.groups), 0), np.int32)
         if (swapped := self.swap.requests.get(request_id)) is not None:
             return none, swapped.host_blocks
-        return self.control.blocks_of(self.rows.row_of(request_id)), none
+        return self.blocks_of_row(self.rows.row_of(request_id)), none
+
+    def blocks_of_row(self, row: int) -> np.ndarray:
+        """Blocks of a row, i32[G, columns], without those in reserve, which count as free; -1 where there is none."""
+        control = self.control
+        blocks = control.blocks_of(row)
+        return blocks[:, : blocks.shape[1] - self.ahead.reserved(control)[row]]
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks of all groups that a new request of ``num_tokens`` takes."""

@@ -79,7 +79,7 @@ class ManagerViews:
         """
         group = self._group_of(layer_idx)
         with self._lock:
-            return self._state.control.blocks_of(self._state.rows.row_of(request_id))[group].tolist()
+            return self._state.blocks_of_row(self._state.rows.row_of(request_id))[group].tolist()
 
     def blocks(self, request_id: str, layer_idx: int = 0) -> KVCacheBlocks:
         """The blocks a request holds now, in the order of its tokens: of the device, or of the host while swapped out.

@@ -127,6 +127,7 @@ def test_asks_once_in_a_horizon_and_holds_what_it_says() -> None:
     assert stats.num_prediction_hits > 4 * stats.num_prediction_misses
     in_use = 100 - served.get_num_free_blocks()
     assert in_use == sum(-(-(n + 40) // BLOCK) for n in range(5, 11))  # what is in reserve counts as free
+    assert in_use == sum(len(served.get_block_table(name)) for name in ids)
     assert stats.num_reserved_blocks == (np.asarray(served._state.control.ref_counts()) > 0).sum() - in_use
 
 
