@@ -42,6 +42,15 @@ def test_rows_and_counts(table):
     assert table.update_slot_mapping([[1, 0], [-1, -1], [2, 1]]).slots.tolist() == [28, -1, 21]
 
 
+def test_rows_whose_blocks_do_not_fit_are_not_released(table):
+    release = jax.jit(tables.release_rows, static_argnums=2)
+    after, released = release(table.append_row(0, [1], 1), np.array([True, True, True, False]), 3)
+    assert released.ok.tolist() == [True, False, False, True]
+    assert released.ids.tolist() == [1, -1, -1]
+    assert after.num_blocks.tolist() == [0, 3, 1, 0]
+    assert after.to_dense_rows([0, 1, 2], 3).tolist() == [[-1] * 3, [7, 3, 9], [5, -1, -1]]
+
+
 BAD_CALLS = [
     (lambda t: t.append_row(4, [1], 1), InvalidArgumentError, "got 4, want a row in [0, 4)"),
     (lambda t: t.append_row(-1, [1], 1), InvalidArgumentError, "got -1"),
