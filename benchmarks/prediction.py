@@ -36,7 +36,7 @@ from pyagent_kv_jax.serving.generate import serve
 REQUESTS, BUDGET, SEED = 256, 2_048, 0
 HORIZON = 16
 LONGEST_OF_NOTHING, LONGEST_OF_LLAMA = 4_096, 1_024
-PASSES_OF_NOTHING, PASSES_OF_LLAMA = 7, 5
+PASSES_OF_NOTHING, PASSES_OF_LLAMA = 7, 4
 PROGRAMS = (
     "packed_step",
     "_admit",
