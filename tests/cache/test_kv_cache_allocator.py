@@ -96,7 +96,7 @@ def test_as_many_host_blocks_as_device_blocks_unless_told_otherwise() -> None:
 @pytest.mark.parametrize(
     ("error", "call", "wanted"),
     [
-        (OutOfBlocksError, lambda a, b: a.allocate_gpu_blocks(BLOCKS), "request for 13 blocks, want at most the 12 free"),
+        (OutOfBlocksError, lambda a, b: a.allocate_gpu_blocks(BLOCKS), "for 13 blocks, want at most the 12 free"),
         (OutOfBlocksError, lambda a, b: a.allocate_cpu_blocks(HOST_BLOCKS), "5 free"),
         (OutOfBlocksError, lambda a, b: a.allocate_gpu_blocks(13, strategy=CONTIGUOUS), r"at most 12, .* 12 free"),
         (InvalidArgumentError, lambda a, b: a.allocate_gpu_blocks(1, strategy=PREDICTIVE), "PredictiveBlockAllocator"),
