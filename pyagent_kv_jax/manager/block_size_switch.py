@@ -13,11 +13,11 @@ from pyagent_kv_jax.cache.block_size_change import BlockSizeChange, change_block
 from pyagent_kv_jax.cache.grouped_rows import GroupedRows
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
 from pyagent_kv_jax.errors import OutOfBlocksError
-from pyagent_kv_jax.manager.block_hash import BlockHasher
 from pyagent_kv_jax.manager.block_size_adaptation import BlockSizeChooser
 from pyagent_kv_jax.manager.control_plane import ControlPlane
-from pyagent_kv_jax.manager.events import AllBlocksCleared
 from pyagent_kv_jax.manager.manager_parts import ManagerParts
+from pyagent_kv_jax.manager.prefix.block_hash import BlockHasher
+from pyagent_kv_jax.manager.prefix.events import AllBlocksCleared
 from pyagent_kv_jax.manager.prefix_filling import PrefixFiller
 from pyagent_kv_jax.pool import BlockPool
 from pyagent_kv_jax.tables import BlockTable

@@ -23,7 +23,6 @@ from pyagent_kv_jax.errors import (
     OutOfBlocksError,
 )
 from pyagent_kv_jax.manager.admission import Batch, token_counts, token_ids
-from pyagent_kv_jax.manager.block_hash import NO_EXTRAS, CacheExtras
 from pyagent_kv_jax.manager.block_size_adaptation import BlockSizeChooser
 from pyagent_kv_jax.manager.block_size_switch import BlockSizeReport
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
@@ -31,6 +30,7 @@ from pyagent_kv_jax.manager.manager_state import ManagerState
 from pyagent_kv_jax.manager.manager_views import ManagerViews
 from pyagent_kv_jax.manager.memory_pressure import PressureCallback, PressureCallbacks
 from pyagent_kv_jax.manager.options import DEFAULT_OPTIONS, ManagerOptions
+from pyagent_kv_jax.manager.prefix.block_hash import NO_EXTRAS, CacheExtras
 from pyagent_kv_jax.manager.step_plan import StepPlan
 
 PreemptionMode = Literal["auto", "swap", "recompute"]

@@ -11,17 +11,17 @@ from pyagent_kv_jax.errors import (
     RequestTooLongError,
     UnknownRequestError,
 )
-from pyagent_kv_jax.manager.block_hash import BlockHasher
 from pyagent_kv_jax.manager.control_plane import ControlPlane
 from pyagent_kv_jax.manager.decode_ahead import DecodeAhead
-from pyagent_kv_jax.manager.events import EventLog
-from pyagent_kv_jax.manager.known_tokens import KnownTokens, TokenRecord
 from pyagent_kv_jax.manager.manager_stats import Counts, ManagerStats
 from pyagent_kv_jax.manager.memory_pressure import MemoryPressure
 from pyagent_kv_jax.manager.options import ManagerOptions
-from pyagent_kv_jax.manager.prefix_cache import PrefixCache, PrefixHit
+from pyagent_kv_jax.manager.prefix.block_hash import BlockHasher
+from pyagent_kv_jax.manager.prefix.events import EventLog
+from pyagent_kv_jax.manager.prefix.known_tokens import KnownTokens, TokenRecord
+from pyagent_kv_jax.manager.prefix.prefix_cache import PrefixCache, PrefixHit
+from pyagent_kv_jax.manager.prefix.prefix_statistics import PrefixStatistics
 from pyagent_kv_jax.manager.prefix_filling import PrefixFiller
-from pyagent_kv_jax.manager.prefix_statistics import PrefixStatistics
 from pyagent_kv_jax.manager.request_rows import RequestRows
 from pyagent_kv_jax.manager.request_start import NO_LIMIT, Start
 from pyagent_kv_jax.manager.swap_space import SwapSpace

@@ -20,12 +20,12 @@ from pyagent_kv_jax.errors import (
 )
 from pyagent_kv_jax.manager import defragmentation
 from pyagent_kv_jax.manager.admission import Batch
-from pyagent_kv_jax.manager.block_hash import BlockKeys, CacheExtras
 from pyagent_kv_jax.manager.control_plane import NO_HITS, ControlPlane, Extended
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
-from pyagent_kv_jax.manager.events import AllBlocksCleared, BlocksSwapped
-from pyagent_kv_jax.manager.known_tokens import TokenRecord
-from pyagent_kv_jax.manager.prefix_cache import PrefixHit
+from pyagent_kv_jax.manager.prefix.block_hash import BlockKeys, CacheExtras
+from pyagent_kv_jax.manager.prefix.events import AllBlocksCleared, BlocksSwapped
+from pyagent_kv_jax.manager.prefix.known_tokens import TokenRecord
+from pyagent_kv_jax.manager.prefix.prefix_cache import PrefixHit
 from pyagent_kv_jax.manager.request_rows import check_distinct
 from pyagent_kv_jax.manager.request_start import NO_LIMIT, Start, hits_of, restored_by
 from pyagent_kv_jax.manager.step_plan import AdmissionPreview, StepPlan

@@ -13,10 +13,10 @@ from pyagent_kv_jax.errors import (
     UnknownRequestError,
 )
 from pyagent_kv_jax.manager.admission import token_counts
-from pyagent_kv_jax.manager.events import EventLog
 from pyagent_kv_jax.manager.manager_state import ManagerState
 from pyagent_kv_jax.manager.manager_stats import ManagerStats
-from pyagent_kv_jax.manager.prefix_cache import PrefixHit
+from pyagent_kv_jax.manager.prefix.events import EventLog
+from pyagent_kv_jax.manager.prefix.prefix_cache import PrefixHit
 from pyagent_kv_jax.manager.step_plan import AdmissionPreview
 
 

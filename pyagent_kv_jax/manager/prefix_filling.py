@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyagent_kv_jax.manager.events import BlockStored, EventLog
-from pyagent_kv_jax.manager.known_tokens import FullBlocks, KnownTokens
-from pyagent_kv_jax.manager.prefix_cache import Claim, PrefixCache
+from pyagent_kv_jax.manager.prefix.events import BlockStored, EventLog
+from pyagent_kv_jax.manager.prefix.known_tokens import FullBlocks, KnownTokens
+from pyagent_kv_jax.manager.prefix.prefix_cache import Claim, PrefixCache
 from pyagent_kv_jax.manager.request_start import Start
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pyagent_kv_jax.cache.grouped_rows import Hits
-from pyagent_kv_jax.manager.known_tokens import TokenRecord
-from pyagent_kv_jax.manager.prefix_cache import PrefixHit
+from pyagent_kv_jax.manager.prefix.known_tokens import TokenRecord
+from pyagent_kv_jax.manager.prefix.prefix_cache import PrefixHit
 
 NO_LIMIT = 2**31 - 1
 

@@ -10,8 +10,8 @@ from pyagent_kv_jax.cache.block_size_change import BlockSizeChange, change_block
 from pyagent_kv_jax.cache.kv_cache_transfer import KVCacheTransfer
 from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.config import KVCacheConfig
-from pyagent_kv_jax.manager.block_hash import BlockHasher
-from pyagent_kv_jax.manager.known_tokens import TokenRecord
+from pyagent_kv_jax.manager.prefix.block_hash import BlockHasher
+from pyagent_kv_jax.manager.prefix.known_tokens import TokenRecord
 from pyagent_kv_jax.pool.host_pool import HostPool
 
 

@@ -23,9 +23,9 @@ from pyagent_kv_jax import (
 )
 from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.manager import AllBlocksCleared, BlockStored
-from pyagent_kv_jax.manager.block_hash import BlockHasher
 from pyagent_kv_jax.manager.block_size_adaptation import BlockSizeChooser, attention_times
 from pyagent_kv_jax.manager.block_size_switch import BlockSizeReport
+from pyagent_kv_jax.manager.prefix.block_hash import BlockHasher
 from pyagent_kv_jax.manager.swap_space import SwapSpace
 from tests.cache.dense_reference import DenseReference
 from tests.manager.test_manager_machine import (
@@ -149,7 +149,7 @@ def test_prefixes_of_live_requests_are_found_under_the_new_size() -> None:
     step(manager, ["a"], [1])
     manager.add_request("last", [*PROMPT, 5, 8])
     assert manager.lookup_prefix("last").num_tokens == 24  # tokens from before the change and from after it
-    kinds = [type(event) for event in manager.events.drain()]
+    kinds = [type(event) for event in manager.prefix.events.drain()]
     assert kinds.count(AllBlocksCleared) == 1
     assert BlockStored in kinds[kinds.index(AllBlocksCleared) :]
     manager.check_invariants()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyagent_kv_jax.errors import InvalidArgumentError
-from pyagent_kv_jax.manager.prefix_statistics import PrefixStatistics
+from pyagent_kv_jax.manager.prefix.prefix_statistics import PrefixStatistics
 
 
 @given(st.lists(st.integers(0, 50).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n)))), st.integers(1, 5))

@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from pyagent_kv_jax.manager.block_hash import BlockHasher, BlockKeys, CacheExtras
+from pyagent_kv_jax.manager.prefix.block_hash import BlockHasher, BlockKeys, CacheExtras
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyagent_kv_jax.errors import ConfigError, InvalidArgumentError, ShapeMismatchError
-from pyagent_kv_jax.manager.block_hash import BlockHasher, BlockKeys, CacheExtras, MultimodalItem
+from pyagent_kv_jax.manager.prefix.block_hash import BlockHasher, BlockKeys, CacheExtras, MultimodalItem
 
 BLOCK = 3
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pyagent_kv_jax.errors import ConfigError, InvalidArgumentError, InvalidBlockError, ShapeMismatchError
-from pyagent_kv_jax.manager.block_hash import BlockHasher, BlockKeys
-from pyagent_kv_jax.manager.events import BlockRemoved
-from pyagent_kv_jax.manager.prefix_cache import PrefixCache, PrefixHit
-from pyagent_kv_jax.manager.prefix_search import LocalSearch, Reach
-from tests.manager.prefix_model import Model, Request
+from pyagent_kv_jax.manager.prefix.block_hash import BlockHasher, BlockKeys
+from pyagent_kv_jax.manager.prefix.events import BlockRemoved
+from pyagent_kv_jax.manager.prefix.prefix_cache import PrefixCache, PrefixHit
+from pyagent_kv_jax.manager.prefix.prefix_search import LocalSearch, Reach
+from tests.manager.prefix.prefix_model import Model, Request
 
 POOL = 24
 # windows, chunks, block size

@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from pyagent_kv_jax.manager import digest_map
-from pyagent_kv_jax.manager.digest_map import WORDS, DigestMap
+from pyagent_kv_jax.manager.prefix import digest_map
+from pyagent_kv_jax.manager.prefix.digest_map import WORDS, DigestMap
 
 NUM_BLOCKS = 12
 # All begin their search at one of three places, the last one of the array among them; each word tells some apart.

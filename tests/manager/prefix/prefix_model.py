@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyagent_kv_jax.manager.block_hash import BlockHasher, CacheExtras
-from pyagent_kv_jax.manager.prefix_cache import PrefixHit
+from pyagent_kv_jax.manager.prefix.block_hash import BlockHasher, CacheExtras
+from pyagent_kv_jax.manager.prefix.prefix_cache import PrefixHit
 
 
 class Request:

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from pyagent_kv_jax.errors import ConfigError, InvalidArgumentError, InvalidBlockError, ShapeMismatchError
-from pyagent_kv_jax.manager.block_hash import BlockHasher, BlockKeys, ChainNode
-from pyagent_kv_jax.manager.digest_map import WORDS, DigestMap
-from pyagent_kv_jax.manager.events import BlockRemoved
-from pyagent_kv_jax.manager.prefix_search import LocalSearch, Reach
+from pyagent_kv_jax.manager.prefix.block_hash import BlockHasher, BlockKeys, ChainNode
+from pyagent_kv_jax.manager.prefix.digest_map import WORDS, DigestMap
+from pyagent_kv_jax.manager.prefix.events import BlockRemoved
+from pyagent_kv_jax.manager.prefix.prefix_search import LocalSearch, Reach
 
 
 class PrefixHit(NamedTuple):

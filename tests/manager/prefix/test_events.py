@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyagent_kv_jax.errors import InvalidArgumentError
-from pyagent_kv_jax.manager.events import AllBlocksCleared, BlockRemoved, BlocksSwapped, BlockStored, EventLog
+from pyagent_kv_jax.manager.prefix.events import AllBlocksCleared, BlockRemoved, BlocksSwapped, BlockStored, EventLog
 
 
 def event(number: int) -> BlocksSwapped:
