@@ -144,7 +144,7 @@ class Soak:
         self.counts["refused"] += int((~plan.ok).sum())
         if held and not plan.ok[0]:  # nobody may move: the last that came gives way
             self._preempt(held[-1:])
-        self.manager.prefix.events.drain()
+        self.manager.events.drain()
 
     def check(self) -> None:
         """All parts agree, and every token that a request can see is what was written."""

@@ -149,7 +149,7 @@ def test_prefixes_of_live_requests_are_found_under_the_new_size() -> None:
     step(manager, ["a"], [1])
     manager.add_request("last", [*PROMPT, 5, 8])
     assert manager.lookup_prefix("last").num_tokens == 24  # tokens from before the change and from after it
-    kinds = [type(event) for event in manager.prefix.events.drain()]
+    kinds = [type(event) for event in manager.events.drain()]
     assert kinds.count(AllBlocksCleared) == 1
     assert BlockStored in kinds[kinds.index(AllBlocksCleared) :]
     manager.check_invariants()

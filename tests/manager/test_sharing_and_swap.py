@@ -126,7 +126,7 @@ def test_evicting_one_prefix_and_all() -> None:
     assert prefill(manager, "d", PROMPT + 50) == (2, 16)
     manager.reset_prefix_cache()
     manager.check_invariants()
-    kinds = [type(event) for event in manager.prefix.events.drain()]
+    kinds = [type(event) for event in manager.events.drain()]
     assert kinds == [BlockStored, BlockStored, BlockRemoved, BlockStored, AllBlocksCleared]
 
 
@@ -135,8 +135,8 @@ def test_an_event_reader_that_never_reads_is_told_how_much_it_missed() -> None:
     for i in range(5):
         prefill(manager, "a", PROMPT + 20 * i)
         manager.free("a")
-    assert len(manager.prefix.events) == 2
-    assert manager.prefix.events.num_dropped == 3
+    assert len(manager.events) == 2
+    assert manager.events.num_dropped == 3
 
 
 def test_a_fork_copies_only_what_is_written() -> None:
@@ -183,7 +183,7 @@ def test_preemption_weighs_its_cost() -> None:
         assert manager.get_num_free_blocks() == 24
         plan = manager.step(["a"], [1], num_rows=4)
         assert plan.num_cached_tokens.tolist() == [18 if choice == "swap" else 16]
-        swaps = [event.direction for event in manager.prefix.events.drain() if isinstance(event, BlocksSwapped)]
+        swaps = [event.direction for event in manager.events.drain() if isinstance(event, BlocksSwapped)]
         assert swaps == (["out", "in"] if choice == "swap" else [])
 
 
