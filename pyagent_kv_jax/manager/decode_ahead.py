@@ -47,9 +47,9 @@ class DecodeAhead:
     # -- a decode step -----------------------------------------------------------------------------------------
 
     def serve(
-        self, control: ControlPlane, rows: np.ndarray, counts: np.ndarray, num_rows: int
+        self, control: ControlPlane, rows: np.ndarray, counts: np.ndarray, lengths: np.ndarray, num_rows: int
     ) -> AttentionMetadata | None:
-        """A decode step of ``rows`` i32[n], ``counts`` 0 or 1 each, padded to ``num_rows``.
+        """A decode step of ``rows`` i32[n] that hold ``lengths`` i64[n] and gain ``counts``, 0 or 1; padded.
 
         None: that takes the control plane.
 
@@ -57,7 +57,6 @@ class DecodeAhead:
         """
         size, n = self._config.block_size, len(rows)
         gains = counts > 0
-        lengths = control.lengths()[rows] + self.used[rows]
         columns = np.where(gains, lengths // size, 0)
         if (gains & (columns >= control.columns()[rows])).any():
             return None
@@ -73,9 +72,8 @@ class DecodeAhead:
         arrays |= {"block_tables": tables, "slot_mapping": slots, "ok": np.arange(num_rows) < n}
         return AttentionMetadata(**arrays, query_start_loc=None, max_query_len=1, max_kv_len=control.max_tokens_per_req)
 
-    def take(self, control: ControlPlane, rows: np.ndarray, counts: np.ndarray, freed_rows: list[int]) -> None:
+    def take(self, rows: np.ndarray, counts: np.ndarray, lengths: np.ndarray, freed_rows: list[int]) -> None:
         """What ``serve`` answered has been done; requests in ``freed_rows`` are gone."""
-        lengths = control.lengths()[rows] + self.used[rows]
         begun = (counts > 0) & (lengths % self._config.block_size == 0)
         self.hits += int(begun.sum()) * self._num_groups
         self.latest = np.zeros_like(self.used)

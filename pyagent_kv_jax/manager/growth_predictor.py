@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 
 _REMEMBERED = 1024  # requests; the latest
-_FEWEST = 8  # that got as far: from fewer nothing is concluded
+_FEWEST = 8  # that went further: from fewer nothing is concluded
 
 
 class GrowthPredictor:
@@ -25,7 +25,7 @@ class GrowthPredictor:
     def remaining(self, growth: np.ndarray) -> np.ndarray:
         """What requests that have grown by ``growth`` i64[n] still have before them, f64[n].
 
-        Of the requests that got as far, half grew by at least this much more; inf where too few got as far.
+        Of the requests that went further, half grew by at least this much more; inf where too few did.
         """
         if self._sorted is None:
             self._sorted = np.sort(np.fromiter(self._ended, np.int64, len(self._ended)))

@@ -27,12 +27,13 @@ class StepsInReserve(ChangesBlockSize):
             return None
         batch.check_fit(batch.counts)
         lengths = self._lengths_after(batch.ids, rows, {}, batch.counts)
-        meta = self.ahead.serve(self._control, rows, batch.counts, batch.num_rows)
+        held = lengths - batch.counts
+        meta = self.ahead.serve(self._control, rows, batch.counts, held, batch.num_rows)
         if meta is None:
             return None
         filling, ok = self._filling(rows, lengths * (batch.counts > 0)), np.ones(len(rows), bool)
         self._enter(filling, ok, np.asarray(meta.block_tables))
-        self.ahead.take(self._control, rows, batch.counts, freed_rows)
+        self.ahead.take(rows, batch.counts, held, freed_rows)
         return StepPlan(batch.ids, ok, batch.counts.astype(np.int32), meta, np.zeros(len(rows), np.int32))
 
     def _reserve_ahead(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.prediction import Calls
 from pyagent_kv_jax import ConfigError, KVCacheConfig, KVCacheManager, ManagerOptions
 from pyagent_kv_jax.config import LayerGroup
 from pyagent_kv_jax.manager import control_plane
@@ -33,33 +34,6 @@ def manager(horizon: int, *, groups: tuple[LayerGroup, ...] = (), blocks: int = 
 
 def decode(served: KVCacheManager, ids: list[str], free: tuple[str, ...] = ()):
     return served.step(ids, np.ones(len(ids), int), free=free, num_rows=ROWS)
-
-
-class Calls:
-    """Counts the programs of the control plane that run."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def __enter__(self) -> Calls:
-        names = ["packed_step", "_admit", "_free", "_truncate", "_give_back", "_advance", "_fork", "_mark_cached"]
-        self.patches = [mock.patch.object(control_plane, name, self.counted(name)) for name in names]
-        for patch in self.patches:
-            patch.start()
-        return self
-
-    def counted(self, name: str):
-        program = getattr(control_plane, name)
-
-        def call(*args, **kwargs):
-            self.number += 1
-            return program(*args, **kwargs)
-
-        return call
-
-    def __exit__(self, *_: object) -> None:
-        for patch in self.patches:
-            patch.stop()
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
