@@ -10,12 +10,12 @@ import numpy as np
 
 from pyagent_kv_jax.cache import grouped_rows
 from pyagent_kv_jax.cache.grouped_rows import Extension, GroupedRows, Hits
-from pyagent_kv_jax.config import DeviceType, KVCacheConfig
+from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.errors import InvalidBlockError
 from pyagent_kv_jax.manager.packed_step import Extended, StepShape, StepUnderWay, pack, packed_step
 from pyagent_kv_jax.pool import check_invariants
 from pyagent_kv_jax.pool.queues import Counters
-from pyagent_kv_jax.tables.host_step import CONTROL_STEP_ON_CPU
+from pyagent_kv_jax.tables.host_step import CONTROL_STEP_ON_CPU, made_on_host
 from pyagent_kv_jax.tables.padding import padded, power_of_two
 
 _FREED_IN_A_STEP = 1024  # blocks; longer rows are freed by a call of their own
@@ -43,13 +43,11 @@ class ControlPlane:
         self._free_capacity = _FREED_IN_A_STEP if horizon else min(self._row_capacity, _FREED_IN_A_STEP)
         self._num_requests = table_config.max_num_reqs
         self._most_ahead = self._num_requests * (-(-horizon // config.block_size) + 1) * len(self._groups)
-        self._host = DeviceType.CPU.devices()[0]
         self._marks = np.zeros(0, np.int32)  # blocks whose content became worth keeping since the last call
         self.may_copy = False  # set by the first fork: until then no block that is not full is ever shared
-        with jax.default_device(self._host):
-            state = GroupedRows.create(config.pool_blocks, table_config, self._groups)
-        # Committed: the numpy arguments of every call follow it to the host.
-        self._state: GroupedRows = jax.device_put(state, self._host)
+        self._state: GroupedRows = made_on_host(
+            lambda: GroupedRows.create(config.pool_blocks, table_config, self._groups)
+        )
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -212,7 +210,7 @@ class ControlPlane:
 
     def rearrange(self, moved: GroupedRows) -> None:
         """Put a state in place of this one; see ``defragmentation``."""
-        self._state = jax.device_put(moved, self._host)
+        self._state = made_on_host(lambda: moved)
 
     # -- reading -----------------------------------------------------------------------------------------------
 

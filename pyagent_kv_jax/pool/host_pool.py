@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from pyagent_kv_jax.config import BlockAllocationStrategy, DeviceType
+from pyagent_kv_jax.config import BlockAllocationStrategy
 from pyagent_kv_jax.errors import DoubleFreeError, InvalidArgumentError, InvalidBlockError, OutOfBlocksError
 from pyagent_kv_jax.pool.allocation_strategy import allocate_blocks, require_allocated, require_nodes
 from pyagent_kv_jax.pool.block_pool import BlockPool
 from pyagent_kv_jax.pool.queues import Counters
+from pyagent_kv_jax.tables.host_step import made_on_host
 from pyagent_kv_jax.tables.padding import padded, power_of_two
 
 _FEWEST = 16  # blocks; shorter lists are padded to as many, so that few programs are compiled
@@ -37,13 +38,11 @@ class HostPool:
             InvalidBlockError: a negative count of references.
             DeviceUnavailableError: JAX's CPU backend is hidden.
         """
-        host = DeviceType.CPU.devices()[0]
-        with jax.default_device(host):
-            pool = BlockPool.create(num_blocks) if ref_counts is None else BlockPool.with_references(ref_counts)
+        self._pool: BlockPool = made_on_host(
+            lambda: BlockPool.create(num_blocks) if ref_counts is None else BlockPool.with_references(ref_counts)
+        )
         require_nodes(num_blocks, num_nodes)
         self._num_nodes = num_nodes
-        # Committed, so that the numpy arguments of every call follow it.
-        self._pool: BlockPool = jax.device_put(pool, host)
 
     @property
     def pool(self) -> BlockPool:

@@ -11,10 +11,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from pyagent_kv_jax.arguments import integer
-from pyagent_kv_jax.config import BlockTableConfig, DeviceType
+from pyagent_kv_jax.config import BlockTableConfig
 from pyagent_kv_jax.tables.block_ids import new_block_ids
 from pyagent_kv_jax.tables.block_table import BlockTable
-from pyagent_kv_jax.tables.host_step import CONTROL_STEP_ON_CPU
+from pyagent_kv_jax.tables.host_step import CONTROL_STEP_ON_CPU, made_on_host
 from pyagent_kv_jax.tables.padding import padded
 from pyagent_kv_jax.tables.refusals import raise_if, why_not_appended, why_not_extended
 from pyagent_kv_jax.tables.row_methods import RowMethods
@@ -35,13 +35,11 @@ class HostTable:
             ConfigError: a count of blocks that is none.
             DeviceUnavailableError: JAX's CPU backend is hidden.
         """
-        host = DeviceType.CPU.devices()[0]
-        with jax.default_device(host):
-            table: Any = (
+        self._table: Any = made_on_host(
+            lambda: (
                 BlockTable.create(config) if sparse_blocks is None else SparseBlockTable.create(config, sparse_blocks)
             )
-        # Committed, so that the numpy arguments of every call follow it.
-        self._table: Any = jax.device_put(table, host)
+        )
         self._is_lent = False
 
     @property
