@@ -1,4 +1,4 @@
-"""How the tests compile: quickly, because most of their time is XLA compiling small programs that run once."""
+"""Eight virtual CPU devices, and how the tests compile: quickly, for most of their time XLA compiles small programs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else runs on the first one
+
 # XLA's older code generator for CPU makes one LLVM module of a program, in half the time; newer versions have no other.
 _QUICK_CODE = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
 if jax.__version_info__ < (0, 11) and not any(flag in os.environ.get("XLA_FLAGS", "") for flag in _QUICK_CODE):
@@ -16,7 +18,7 @@ if jax.__version_info__ < (0, 11) and not any(flag in os.environ.get("XLA_FLAGS"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()  # read when JAX first computes
 
 _OPTION = "jax_disable_most_optimizations"
-_COMPILE_BOUND = ("cache", "manager", "models", "pallas_kernels", "pool", "prefix", "serving", "tables")
+_COMPILE_BOUND = ("cache", "distributed", "handoff", "manager", "models", "pallas_kernels", "pool", "prefix", "serving", "tables")
 
 
 @pytest.fixture(autouse=True, scope="module")
