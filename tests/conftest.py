@@ -18,7 +18,18 @@ if jax.__version_info__ < (0, 11) and not any(flag in os.environ.get("XLA_FLAGS"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()  # read when JAX first computes
 
 _OPTION = "jax_disable_most_optimizations"
-_COMPILE_BOUND = ("cache", "distributed", "handoff", "manager", "models", "pallas_kernels", "pool", "prefix", "serving", "tables")
+_COMPILE_BOUND = (
+    "cache",
+    "distributed",
+    "handoff",
+    "manager",
+    "models",
+    "pallas_kernels",
+    "pool",
+    "prefix",
+    "serving",
+    "tables",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

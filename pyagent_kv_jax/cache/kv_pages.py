@@ -16,7 +16,8 @@ from pallas_kernels import CompressedSlotMapping, paged_attention, paged_copy, p
 from pallas_kernels.page_ids import nowhere_if_invalid, report_out_of_range
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
-from pyagent_kv_jax.errors import ShapeMismatchError
+from pyagent_kv_jax.errors import ConfigError, ShapeMismatchError
+from pyagent_kv_jax.tables import ContextParallel, local_slots
 
 
 @partial(
@@ -51,11 +52,15 @@ class KVPages:
 
     @classmethod
     def create(cls, config: KVCacheConfig, sharding: jax.sharding.Sharding | None = None) -> Self:
-        """Empty pages on ``config.device``, or spread by ``sharding`` (of the four page axes).
+        """Empty pages on ``config.device``, or where ``sharding`` says: one device, or the same on several.
 
         Raises:
+            ConfigError: ``sharding`` spreads them. Under plain ``jit`` XLA would gather them for every step;
+                ``distributed.ShardedKVPages`` are read on each device by itself.
             DeviceUnavailableError: this process has no such device.
         """
+        if sharding is not None and not sharding.is_fully_replicated:
+            raise ConfigError(f"sharding: got {sharding}, want one device; for several: distributed.ShardedKVPages")
         if sharding is None and config.device_type is not DeviceType.default():
             sharding = jax.sharding.SingleDeviceSharding(config.device_type.devices()[0])
         k_shape, v_shape = page_shapes(config)
@@ -83,9 +88,7 @@ class KVPages:
         Raises:
             ShapeMismatchError: heads, head_dim or T do not fit.
         """
-        slots = slot_mapping
-        if isinstance(slots, CompressedSlotMapping):
-            slots = slots.expand(k.shape[0])
+        slots = expanded_slots(slot_mapping, k.shape[0])
         self._check_tokens(k, v, slots)
         config = self.config
         first = self._span_index(layer) * (config.pages_per_layer * config.page_size)
@@ -137,6 +140,45 @@ class KVPages:
         Raises:
             ShapeMismatchError: shapes do not fit the cache.
         """
+        out, _, pages = self.attend_share(
+            layer,
+            q,
+            k,
+            v,
+            meta,
+            scale=scale,
+            sliding_window=sliding_window,
+            chunk_size=chunk_size,
+            logits_soft_cap=logits_soft_cap,
+            sinks=sinks,
+        )
+        return out, pages
+
+    def attend_share(
+        self,
+        layer: ArrayLike,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        meta: AttentionMetadata,
+        *,
+        context_parallel: ContextParallel | None = None,
+        **options: Any,
+    ) -> tuple[jax.Array, jax.Array, Self]:
+        """``attend`` where these pages hold one rank's share of every sequence's tokens.
+
+        Args:
+            layer, q, k, v: as for ``attend``; ``k`` and ``v`` of all the step's tokens, of which only the rank's own
+                are written.
+            meta: the same on every rank: lengths and positions count all ranks' tokens, a block has ``block_size`` of
+                them on each rank, and ``slot_mapping`` names slots of such whole blocks.
+            context_parallel: which share. None: all tokens.
+            **options: as for ``attend``; ``sinks`` are counted on every rank that is given them.
+
+        Returns:
+            (out [T, q_heads, v_head_dim] of q's dtype, lse f32[T, q_heads], the new pages): the rank's partial
+            attention, 0 and -inf for queries that see nothing here.
+        """
         config = self.config
         if q.ndim != 3 or q.shape[-1] != config.head_dim or q.shape[1] % config.num_heads:
             raise ShapeMismatchError(
@@ -146,29 +188,28 @@ class KVPages:
         if len(config.groups) > 1:
             group = _per_layer(config, lambda group, _: group)[layer]
             tables, slot_mapping = jax.tree.map(lambda groups: groups[group], (tables, slot_mapping))
+        if context_parallel is not None:
+            slot_mapping = local_slots(expanded_slots(slot_mapping, k.shape[0]), config.block_size, context_parallel)
         pages = self.write(layer, k, v, slot_mapping)
-        out = paged_attention(
+        out, lse = paged_attention(
             q,
             pages.k_pages,
             pages.v_pages,
             self._pages(tables, self._span_index(layer) * config.pages_per_layer, "block_tables"),
             meta.kv_lens,
             meta.query_start_loc,
-            scale=scale,
-            sliding_window=sliding_window,
-            chunk_size=chunk_size,
-            logits_soft_cap=logits_soft_cap,
-            sinks=sinks,
             k_scale=_of_layer(self.k_scale, layer),
             v_scale=_of_layer(self.v_scale, layer),
             kv_dtype=config.kv_dtype.jax_dtype,
             v_head_dim=config.value_head_dim,
+            return_lse=True,
             max_query_len=meta.max_query_len,
             max_kv_len=meta.max_kv_len,
+            context_parallel=context_parallel,
             implementation=self._implementation,
+            **options,
         )
-        assert isinstance(out, jax.Array)  # a pair only with return_lse
-        return out, pages
+        return out, lse, pages
 
     def copy_blocks(self, src: jax.Array, dst: jax.Array) -> Self:
         """Copy blocks ``src`` i32[n] to ``dst`` i32[n] in every layer, as if all reads came before all writes.
@@ -202,6 +243,28 @@ class KVPages:
             for stored in (self.k_pages, self.v_pages)
         )
         return k, v
+
+    def write_blocks(self, ids: jax.Array, k: jax.Array, v: jax.Array) -> Self:
+        """Store whole blocks as ``gather_blocks`` gives them, in place where the ``jit`` around donates the pages.
+
+        Args:
+            ids: i32[n], none twice; -1 is left out. Ids outside the pool: see ``pages_of``.
+            k: [layers_per_group, n, num_heads, block_size, head_dim], of the pages' dtype and stored head_dim.
+            v: likewise.
+
+        Raises:
+            ShapeMismatchError: other shapes or dtypes.
+        """
+        pages, arrays = self.pages_of(ids).ravel(), []
+        for name, blocks, stored in (("k", k, self.k_pages), ("v", v, self.v_pages)):
+            config, (_, heads, _, dim) = self.config, stored.shape
+            want = (config.layers_per_group, *jnp.shape(ids), heads, config.block_size, dim)
+            if blocks.shape != want or blocks.dtype != stored.dtype:
+                raise ShapeMismatchError(
+                    f"{name}: got {blocks.dtype}{list(blocks.shape)}, want {stored.dtype}{list(want)}"
+                )
+            arrays.append(_with_pages(stored, pages, self._as_pages(blocks), loop=self._implementation == "xla"))
+        return dataclasses.replace(self, k_pages=arrays[0], v_pages=arrays[1])
 
     def pages_of(self, ids: jax.Array) -> jax.Array:
         """Page ids i32[layers_per_group, n * k] of blocks ``ids`` i32[n]; for -1, k times -1.
@@ -254,6 +317,13 @@ class KVPages:
         split = pages.reshape(config.layers_per_group, -1, config.pages_per_block, heads, size, dim)
         return split.swapaxes(2, 3).reshape(*split.shape[:2], heads, config.block_size, dim)
 
+    def _as_pages(self, blocks: jax.Array) -> jax.Array:
+        """The way back from ``_as_blocks``."""
+        config = self.config
+        layers, n, heads, _, dim = blocks.shape
+        split = blocks.reshape(layers, n, heads, config.pages_per_block, config.page_size, dim)
+        return split.swapaxes(2, 3).reshape(-1, heads, config.page_size, dim)
+
     def _span_index(self, layer: ArrayLike) -> Any:
         """i32[]: which of the layers that a block spans ``layer`` is."""
         return _per_layer(self.config, lambda _, index: index)[layer] if self.config.layer_groups else jnp.int32(layer)
@@ -270,11 +340,11 @@ class KVPages:
                 )
 
 
-copy_blocks_in_place = jax.jit(KVPages.copy_blocks, donate_argnums=0)
-"""``KVPages.copy_blocks`` as a call of its own, the pages donated."""
+copy_blocks_in_place = jax.jit(lambda pages, src, dst: pages.copy_blocks(src, dst), donate_argnums=0)
+"""``copy_blocks`` of ``KVPages``, or of pages of another kind, as a call of its own, the pages donated."""
 
-clear_blocks_in_place = jax.jit(KVPages.clear_blocks, donate_argnums=0)
-"""``KVPages.clear_blocks`` likewise."""
+clear_blocks_in_place = jax.jit(lambda pages, ids: pages.clear_blocks(ids), donate_argnums=0)
+"""``clear_blocks`` likewise."""
 
 
 def page_shapes(config: KVCacheConfig) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
@@ -283,6 +353,25 @@ def page_shapes(config: KVCacheConfig) -> tuple[tuple[int, int, int, int], tuple
     k_dim, v_dim = config.storage_head_dim(config.head_dim), config.storage_head_dim(config.value_head_dim)
     head = (pages, config.num_heads, config.page_size)
     return (*head, k_dim), (*head, v_dim)
+
+
+def expanded_slots(slots: jax.Array | CompressedSlotMapping, num_tokens: int) -> jax.Array:
+    """i32[num_tokens]: the slots of a mapping of either form."""
+    return slots.expand(num_tokens) if isinstance(slots, CompressedSlotMapping) else slots
+
+
+def _with_pages(stored: jax.Array, ids: jax.Array, pages: jax.Array, *, loop: bool) -> jax.Array:
+    """``stored`` with ``pages`` [m, ...] at ``ids`` i32[m]; -1 is left out."""
+    if not loop:
+        return stored.at[nowhere_if_invalid(ids, stored.shape[0])].set(pages, mode="drop")
+
+    # XLA's scatter on CPUs lays all the pages out anew first: a seventh of the speed of a copy page by page.
+    def put(i: Any, stored: jax.Array) -> jax.Array:
+        at, page = jnp.maximum(ids[i], 0), jax.lax.dynamic_slice_in_dim(pages, i, 1)
+        there = jax.lax.dynamic_slice_in_dim(stored, at, 1)
+        return jax.lax.dynamic_update_slice_in_dim(stored, jnp.where(ids[i] >= 0, page, there), at, 0)
+
+    return jax.lax.fori_loop(0, ids.shape[0], put, stored)
 
 
 def _per_layer(config: KVCacheConfig, value: Callable[[int, int], int]) -> jax.Array:

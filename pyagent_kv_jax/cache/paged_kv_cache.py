@@ -43,7 +43,7 @@ class PagedKVCache:
     ...     return nnx.merge(graph, params)(tokens, cache, meta)   # each layer: cache.attend(layer, q, k, v, meta)
 
     Attributes:
-        pages: K and V.
+        pages: K and V; on a mesh, ``distributed.ShardedKVPages``.
         pool: which block is whose.
         table: position to block.
         config: static.
@@ -55,13 +55,17 @@ class PagedKVCache:
     config: KVCacheConfig
 
     @classmethod
-    def create(cls, config: KVCacheConfig, sharding: jax.sharding.Sharding | None = None) -> Self:
-        """An empty cache on ``config.device``, or with pages spread by ``sharding``.
+    def create(cls, config: KVCacheConfig, pages: Any = None) -> Self:
+        """An empty cache.
+
+        Args:
+            config: sizes.
+            pages: made for it, ``distributed.ShardedKVPages`` say. None: ``KVPages`` on ``config.device``.
 
         Raises:
             DeviceUnavailableError: this process has no such device.
         """
-        pages = KVPages.create(config, sharding)
+        pages = KVPages.create(config) if pages is None else pages
         return cls(pages, BlockPool.create(config.pool_blocks), BlockTable.create(config.table_config()), config)
 
     # -- inside a step -----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pyagent_kv_jax.tables.slot_mapping import (
     SlotMapping,
     StepTokens,
     local_length,
+    local_slots,
     slots_of,
     step_slots,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "compress_slots",
     "get_blocks",
     "local_length",
+    "local_slots",
     "release_rows",
     "reorder_rows",
     "rows_blocks",

@@ -107,13 +107,11 @@ def slots_of(
     num_rows, width, block_size = table.num_rows, table.width, table.config.block_size
     row = jnp.clip(rows, 0, num_rows - 1)
     known = (rows == row) & (positions >= 0) & (positions < table.num_tokens[row])
-    if context_parallel is None:
-        column, offset = positions // block_size, positions % block_size
-    else:
-        size, rank, interleave = context_parallel
-        column, within = positions // (block_size * size), positions % (block_size * size)
-        offset = within // (size * interleave) * interleave + within % interleave
-        known &= within // interleave % size == rank
+    tokens = block_size * (1 if context_parallel is None else context_parallel[0])
+    column, offset = positions // tokens, positions % tokens
+    if context_parallel is not None:
+        offset, here = _local_offsets(offset, context_parallel)
+        known &= here
     known &= column < width
     block = table.read_blocks(row, jnp.clip(column, 0, width - 1))
     return jnp.where(known & (block >= 0), block * block_size + offset, -1).astype(jnp.int32)
@@ -147,6 +145,34 @@ def step_slots(
     token_rows = jnp.where(real, entry if rows is None else rows[entry], -1)
     slots = slots_of(table, token_rows, positions, context_parallel)
     return StepTokens(token_rows.astype(jnp.int32), positions.astype(jnp.int32), slots, starts, fits)
+
+
+def local_slots(
+    slots: jax.Array, block_size: int, context_parallel: ContextParallel | tuple[Any, ArrayLike, Any]
+) -> jax.Array:
+    """Slots on one rank of tokens given by slots of whole blocks.
+
+    A whole block has ``block_size * size`` tokens, in their order; ``block_size`` of them are this rank's.
+
+    Args:
+        slots: i32[...], padding -1.
+        block_size: slots of a block on one rank.
+        context_parallel: see ``ContextParallel``.
+
+    Returns:
+        i32[...]: -1 for padding and for tokens of other ranks.
+    """
+    tokens = block_size * context_parallel[0]
+    offset, here = _local_offsets(slots % tokens, context_parallel)
+    return jnp.where((slots >= 0) & here, slots // tokens * block_size + offset, -1).astype(jnp.int32)
+
+
+def _local_offsets(
+    offsets: jax.Array, context_parallel: ContextParallel | tuple[Any, ArrayLike, Any]
+) -> tuple[jax.Array, jax.Array]:
+    """Offsets i32[...] in whole blocks as offsets in this rank's part of them, and whether they are there at all."""
+    size, rank, interleave = context_parallel
+    return offsets // (size * interleave) * interleave + offsets % interleave, offsets // interleave % size == rank
 
 
 def local_length(num_tokens: ArrayLike, context_parallel: ContextParallel | tuple[Any, ArrayLike, Any]) -> jax.Array:
