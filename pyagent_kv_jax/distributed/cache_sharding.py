@@ -83,8 +83,8 @@ class CacheSharding:
         size, heads = self.context_size, config.num_heads
         if heads % self.tensor_size and self.tensor_size % heads:
             raise ConfigError(
-                f"num_heads: got {heads} KV heads over {self.tensor_size} ranks of {self.tensor_axis!r}, want one number "
-                f"to divide the other"
+                f"num_heads: got {heads} KV heads over {self.tensor_size} ranks of {self.tensor_axis!r}, want one "
+                f"number to divide the other"
             )
         if config.page_size % (size * self.interleave):
             raise ConfigError(
@@ -109,7 +109,8 @@ class CacheSharding:
         wanted = self.tensor_size if chosen is Combine.ALL_REDUCE else ranks
         if num_q_heads % wanted:
             raise ConfigError(
-                f"q heads: got {num_q_heads}, want a multiple of {wanted}, the ranks that {chosen.value!r} leaves them on"
+                f"q heads: got {num_q_heads}, want a multiple of {wanted}, the ranks that {chosen.value!r} leaves "
+                f"them on"
             )
         return chosen
 

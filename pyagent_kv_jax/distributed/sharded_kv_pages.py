@@ -79,7 +79,7 @@ class ShardedKVPages:
         scales: list[Any] = [None, None]
         if config.kv_dtype.is_quantized:
             scales = jax.jit(ones, out_shardings=sharding.named(_over_heads(sharding)))()
-        return cls(k_pages, v_pages, *scales, config, sharding)
+        return cls(k_pages, v_pages, scales[0], scales[1], config, sharding)
 
     # -- in a step -----------------------------------------------------------------------------------------------
 
@@ -183,10 +183,12 @@ class ShardedKVPages:
         one = KVPages(self.k_pages, self.v_pages, self.k_scale, self.v_scale, self.config)
         scaled, copies = one.with_scales(k_scale, v_scale), self.sharding.head_copies(self.config.num_heads)
         place = self.sharding.named(_over_heads(self.sharding))
-        k_scale, v_scale = (
-            jax.device_put(jnp.repeat(scale, copies, axis=1), place) for scale in (scaled.k_scale, scaled.v_scale)
+        k, v = (
+            jax.device_put(jnp.repeat(s, copies, axis=1), place)
+            for s in (scaled.k_scale, scaled.v_scale)
+            if s is not None
         )
-        return dataclasses.replace(self, k_scale=k_scale, v_scale=v_scale)
+        return dataclasses.replace(self, k_scale=k, v_scale=v)
 
     @property
     def nbytes(self) -> int:
@@ -200,7 +202,8 @@ class ShardedKVPages:
         sharding, on_rank = self.sharding, self.sharding.on_rank(self.config)
 
         def run(pages: tuple[Any, ...], *arguments: Any) -> Any:
-            return function(KVPages(*pages, config=on_rank), *arguments)
+            k_pages, v_pages, k_scale, v_scale = pages
+            return function(KVPages(k_pages, v_pages, k_scale, v_scale, on_rank), *arguments)
 
         page, scale = sharding.page_spec(), _over_heads(sharding)
         # check_vma is off: kernels and loops inside do not say over which axes what they carry varies.
