@@ -77,6 +77,10 @@ class DeviceUnavailableError(KVCacheError, RuntimeError):
     """A device or backend that this process cannot reach."""
 
 
+class TransferError(KVCacheError, RuntimeError):
+    """Blocks did not come over from another instance: it is gone, refused, differs, or did not answer in time."""
+
+
 def is_concrete(*values: object) -> bool:
     """Whether every array among ``values`` has a value now, i.e. none is traced by ``jit``, ``vmap`` or ``grad``."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
