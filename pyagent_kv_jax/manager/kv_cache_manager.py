@@ -23,6 +23,7 @@ from pyagent_kv_jax.errors import (
     OutOfBlocksError,
 )
 from pyagent_kv_jax.manager.admission import Batch, token_counts, token_ids
+from pyagent_kv_jax.manager.block_import import BlockHolds, HoldsPrefixes
 from pyagent_kv_jax.manager.block_size_adaptation import BlockSizeChooser
 from pyagent_kv_jax.manager.block_size_switch import BlockSizeReport
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
@@ -36,7 +37,7 @@ from pyagent_kv_jax.manager.step_plan import StepPlan
 PreemptionMode = Literal["auto", "swap", "recompute"]
 
 
-class KVCacheManager(ManagerViews):
+class KVCacheManager(ManagerViews, HoldsPrefixes):
     """Hands out blocks of a paged KV cache to requests named by strings. Thread-safe.
 
     >>> manager = KVCacheManager(KVCacheConfig(num_layers=2, num_heads=2, head_dim=8, num_blocks=64))
@@ -63,6 +64,7 @@ class KVCacheManager(ManagerViews):
         self.options = options
         self._lock = threading.RLock()
         self._state = ManagerState(config, options)
+        self._holds = BlockHolds(self._state)
         self._callbacks = PressureCallbacks(options.callback_timeout)
         self._chooser: BlockSizeChooser | None = None
 
@@ -364,6 +366,7 @@ class KVCacheManager(ManagerViews):
             InvalidArgumentError: a request has drafts that are not committed.
         """
         with self._lock:
+            self._holds.check_none_open()
             report = self._state.change_block_size(block_size)
             self.config = self._state.config
             return report
@@ -384,6 +387,8 @@ class KVCacheManager(ManagerViews):
             InvalidArgumentError: a request has drafts that are not committed.
         """
         with self._lock:
+            if self._holds.open_ids():
+                return self.config.block_size
             if chooser is None:
                 chooser = self._chooser = self._chooser or BlockSizeChooser(self.config)
             self._state.adapt_block_size(chooser)

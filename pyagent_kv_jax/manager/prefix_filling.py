@@ -80,7 +80,7 @@ class PrefixFiller:
     def _tell_stored(self, group: int, full: FullBlocks, ids: np.ndarray, entered: np.ndarray) -> None:
         stored, start = np.isin(ids, entered), 0
         for keys, column, last in full.runs():
-            for first, end in _runs(stored[start : start + last - column]):
+            for first, end in runs(stored[start : start + last - column]):
                 blocks = ids[start + first : start + end].tolist()
                 digests = keys.digests[column + first : column + end]
                 self._events.append(
@@ -91,7 +91,7 @@ class PrefixFiller:
             start += last - column
 
 
-def _runs(chosen: np.ndarray) -> list[tuple[int, int]]:
+def runs(chosen: np.ndarray) -> list[tuple[int, int]]:
     """(first, end) of each run of true entries."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
