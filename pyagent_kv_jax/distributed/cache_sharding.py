@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -59,6 +59,21 @@ class CacheSharding:
             raise ConfigError(f"interleave: got {self.interleave!r}, want a positive integer")
         object.__setattr__(self, "combine", None if self.combine is None else Combine(self.combine))
         object.__setattr__(self, "strategy", AllReduceStrategy(self.strategy))
+
+    @classmethod
+    def of(cls, mesh: Mesh | Self) -> Self:
+        """``mesh`` if it is a ``CacheSharding``, else one over its axes "dcp" (context) and "tp" (heads), by name.
+
+        Raises:
+            ConfigError: it has other axes.
+        """
+        if isinstance(mesh, cls):
+            return mesh
+        if not isinstance(mesh, Mesh) or not set(mesh.axis_names) <= {"dcp", "tp"}:
+            got = mesh.axis_names if isinstance(mesh, Mesh) else mesh
+            raise ConfigError(f"mesh: got {got!r}, want axes 'dcp' and 'tp', or a CacheSharding, which names axes")
+        context, tensor = (axis if axis in mesh.axis_names else None for axis in ("dcp", "tp"))
+        return cls(mesh, context, tensor)
 
     @property
     def context_size(self) -> int:
@@ -126,6 +141,10 @@ class CacheSharding:
     def named(self, spec: Any) -> NamedSharding:
         """``spec`` on this mesh."""
         return NamedSharding(self.mesh, spec)
+
+    def fitting_blocks(self, config: KVCacheConfig) -> int:
+        """As many blocks of ``config`` as ``memory_fraction`` of a rank's free memory holds."""
+        return dataclasses.replace(self.on_rank(config), num_blocks=None, num_kernel_blocks=None).pool_blocks
 
     @property
     def replicated(self) -> NamedSharding:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pyagent_kv_jax.cache.block_size_change import BlockSizeChange, change_block_size
 from pyagent_kv_jax.cache.grouped_rows import GroupedRows
+from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
 from pyagent_kv_jax.errors import OutOfBlocksError
 from pyagent_kv_jax.manager.block_size_adaptation import BlockSizeChooser
@@ -54,6 +55,7 @@ class ChangesBlockSize(ManagerParts):
         on_host = self.swap.block_size_change(config)
         # Nothing raises from here on.
         if self.pages is not None:
+            assert isinstance(self.pages, KVPages)  # on a mesh the block size stays
             self.pages = change.move(self.pages, config, zero=self.options.zero_on_free)
         released = np.asarray(control.state.released).reshape(self._hollow.shape) * self.config.block_size
         self._hollow = np.maximum(self._hollow, released)

@@ -6,6 +6,7 @@ import numpy as np
 
 from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.config import KVCacheConfig
+from pyagent_kv_jax.distributed.sharded_kv_pages import ShardedKVPages
 from pyagent_kv_jax.errors import (
     InvalidArgumentError,
     RequestTooLongError,
@@ -33,7 +34,7 @@ class ManagerParts:
     def __init__(self, config: KVCacheConfig, options: ManagerOptions) -> None:
         self.config = config
         self.options = options
-        self.pages: KVPages | None = None
+        self.pages: KVPages | ShardedKVPages | None = None
         self._control = ControlPlane(config, options.prediction_horizon)
         self.ahead = DecodeAhead(config, options.prediction_horizon)
         self.rows = RequestRows(config.max_num_reqs)

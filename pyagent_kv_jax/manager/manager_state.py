@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from pyagent_kv_jax.cache.kv_pages import clear_blocks_in_place, copy_blocks_in_place
+from pyagent_kv_jax.cache.kv_pages import KVPages, clear_blocks_in_place, copy_blocks_in_place
 from pyagent_kv_jax.errors import (
     DuplicateRequestError,
     InvalidArgumentError,
@@ -242,6 +242,7 @@ class ManagerState(StepsInReserve):
         if swap_ins:
             host, blocks = (np.concatenate(each) for each in zip(*swap_ins, strict=True))
             if len(host):
+                assert isinstance(self.pages, KVPages)  # on a mesh there are no host blocks
                 self.pages = self.swap.copy_in(self.pages, host, blocks)
         if len(src):
             self.pages = copy_blocks_in_place(self.pages, padded(src), padded(dst))
@@ -388,6 +389,7 @@ class ManagerState(StepsInReserve):
         if pairs and self.pages is not None:
             blocks, host_blocks = (np.concatenate(each) for each in zip(*pairs, strict=True))
             if len(blocks):
+                assert isinstance(self.pages, KVPages)
                 self.swap.copy_out(self.pages, blocks, host_blocks)
 
     # -- the prefix cache --------------------------------------------------------------------------------------

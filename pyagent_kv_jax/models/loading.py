@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from pyagent_kv_jax.config import DeviceType
+from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
 from pyagent_kv_jax.errors import ModelLoadError
 from pyagent_kv_jax.models.checkpoint import (
     SINGLE_FILE,
@@ -29,6 +30,7 @@ from pyagent_kv_jax.models.config import LlamaConfig
 from pyagent_kv_jax.models.hf_config import config_from_hf, config_to_hf, token_ids
 from pyagent_kv_jax.models.hf_gemma3 import has_vision_tower, text_tensor_name
 from pyagent_kv_jax.models.llama import LlamaForCausalLM
+from pyagent_kv_jax.models.sharding import place_weight
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -49,7 +51,11 @@ def load_config(directory: str | os.PathLike[str]) -> LlamaConfig:
 
 
 def load_model(
-    directory: str | os.PathLike[str], *, dtype: Any = None, device: jax.Device | None = None
+    directory: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    device: jax.Device | None = None,
+    sharding: CacheSharding | None = None,
 ) -> tuple[LlamaForCausalLM, LlamaConfig]:
     """Load ``config.json`` and ``*.safetensors``.
 
@@ -63,8 +69,11 @@ def load_model(
         directory: as ``huggingface_hub`` or ``save_pretrained`` leave it.
         dtype: of the parameters in memory. None: float32 on CPUs, bfloat16 elsewhere.
         device: where they go. None: JAX's default device.
+        sharding: of the cache they will work with, instead of ``device``: each goes straight to its place on the mesh,
+            see ``shard_model``.
 
     Raises:
+        ConfigError: query heads that the mesh's axes do not divide.
         ModelLoadError: a missing directory, file, shard or tensor, an unknown architecture, a wrong shape or
             dtype, a tensor nobody would read.
     """
@@ -77,7 +86,7 @@ def load_model(
     with open_checkpoint(path) as checkpoint:
         if has_vision_tower(read_json(path / "config.json")):
             checkpoint = checkpoint.renamed(text_tensor_name)
-        loaded = _read_all(checkpoint, abstract, config, device)
+        loaded = _read_all(checkpoint, abstract, config, device if sharding is None else sharding)
     return nnx.merge(graph, loaded), config
 
 
@@ -121,14 +130,20 @@ def _existing(directory: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _read_all(checkpoint: Checkpoint, abstract: nnx.State, config: LlamaConfig, device: Any) -> nnx.State:
+def _read_all(checkpoint: Checkpoint, abstract: nnx.State, config: LlamaConfig, where: Any) -> nnx.State:
     flat = [(place, param, TensorLayout.of(place, config.num_layers)) for place, param in nnx.to_flat_state(abstract)]
     wanted = {name for _, _, layout in flat for name in layout.names}
     check_names(checkpoint.names(), wanted, tied=config.tie_word_embeddings)
     for _, param, layout in flat:
         _check_shapes(checkpoint, layout, param.shape)
-    loaded = ((place, param.replace(_read(checkpoint, layout, param, device))) for place, param, layout in flat)
-    return nnx.from_flat_state(loaded)
+
+    def load(path: tuple[Any, ...], param: Any, layout: TensorLayout) -> Any:
+        value = _read(checkpoint, layout, param)
+        if isinstance(where, CacheSharding):
+            return param.replace(place_weight(path, value, where, config))
+        return param.replace(jax.device_put(value, where))
+
+    return nnx.from_flat_state((path, load(path, param, layout)) for path, param, layout in flat)
 
 
 def _check_shapes(checkpoint: Checkpoint, layout: TensorLayout, shape: tuple[int, ...]) -> None:
@@ -138,7 +153,7 @@ def _check_shapes(checkpoint: Checkpoint, layout: TensorLayout, shape: tuple[int
             raise ModelLoadError(f"tensor {name}: got shape {checkpoint.shape(name)}, want {wanted} by config.json")
 
 
-def _read(checkpoint: Checkpoint, layout: TensorLayout, param: Any, device: Any) -> jax.Array:
+def _read(checkpoint: Checkpoint, layout: TensorLayout, param: Any) -> np.ndarray:
     """One parameter, in the shape and dtype of ``param``."""
     value = np.empty(param.shape, param.dtype)
     for name, view in layout.views(value):
@@ -146,4 +161,4 @@ def _read(checkpoint: Checkpoint, layout: TensorLayout, param: Any, device: Any)
         if tensor.dtype.name not in _FLOATS:
             raise ModelLoadError(f"tensor {name}: got dtype {tensor.dtype}, want one of {', '.join(_FLOATS)}")
         view[...] = tensor
-    return jax.device_put(value, device)
+    return value

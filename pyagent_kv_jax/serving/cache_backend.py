@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 from pyagent_kv_jax.config import KVCacheConfig
+from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
 from pyagent_kv_jax.manager.step_plan import AdmissionPreview, StepPlan
 
 
@@ -15,11 +16,13 @@ class CacheBackend(Protocol):
     Attributes:
         config: sizes.
         can_fork: whether ``fork`` works; without it, samples of one prompt are requests like any others.
+        sharding: how the cache lies on a mesh; None: on one device.
         pages: a pytree with ``attend`` (see ``LayerCache``), donated to each step and assigned back.
     """
 
     config: KVCacheConfig
     can_fork: bool
+    sharding: CacheSharding | None
 
     @property
     def pages(self) -> Any: ...

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pyagent_kv_jax.errors import InvalidArgumentError, KVCacheError
 from pyagent_kv_jax.serving.sampling import SamplingParams
@@ -54,7 +56,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--max-num-seqs", type=int, default=64, help="prompts served at once")
     command.add_argument("--token-budget", type=int, default=256, help="tokens computed in one step with prefill")
     command.add_argument("--num-blocks", type=int, default=None, help="blocks of the cache (default: as many as used)")
-    command.add_argument("--block-size", type=int, default=16, help="tokens of one block")
+    command.add_argument("--block-size", type=int, default=16, help="tokens of one block, on each dcp rank")
+    command.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="spread weights and cache over devices: dcp=2,tp=2 (tokens over dcp, heads over tp)",
+    )
     command.set_defaults(run=_generate)
 
 
@@ -72,20 +79,29 @@ def _generate(args: argparse.Namespace) -> None:
     if args.stream and len(prompts) * sampling.n != 1:
         raise InvalidArgumentError(f"--stream: got {len(prompts)} prompts, {sampling.n} answers each, want 1 and 1")
 
+    from pyagent_kv_jax.distributed import CacheSharding
     from pyagent_kv_jax.serving.generate import fitting_cache_config
     from pyagent_kv_jax.serving.text import LLM
 
-    llm = LLM.load(args.model)
+    sharding = None if args.mesh is None else CacheSharding.of(_mesh(args.mesh))
+    llm = LLM.load(args.model, sharding=sharding)
     lengths = [len(llm.encode(prompt)) + sampling.max_tokens for prompt in prompts for _ in range(sampling.n)]
     max_num_seqs = min(args.max_num_seqs, len(lengths))
+    ranks = 1 if sharding is None else sharding.context_size
     config = fitting_cache_config(
-        llm.model, lengths, max_num_seqs=max_num_seqs, num_blocks=args.num_blocks, block_size=args.block_size
+        llm.model,
+        lengths,
+        max_num_seqs=max_num_seqs,
+        sharding=sharding,
+        num_blocks=args.num_blocks,
+        block_size=args.block_size * ranks,
     )
     results = llm.generate(
         prompts,
         sampling,
         on_text=(lambda _, piece: print(piece, end="", flush=True)) if args.stream else None,
         cache_config=config,
+        mesh=sharding,
         max_num_seqs=max_num_seqs,
         token_budget=args.token_budget,
         progress=not args.stream and sys.stderr.isatty(),
@@ -98,6 +114,22 @@ def _generate(args: argparse.Namespace) -> None:
             print(f">>> {prompt}")
         for number, answer in enumerate((result, *result.other_samples), 1):
             print(f"[{number}] {answer.text}" if sampling.n > 1 else answer.text)
+
+
+def _mesh(text: str) -> Any:
+    """The mesh of ``dcp=2,tp=2``, of this process's first devices (those of all processes, where there are several)."""
+    import jax
+
+    try:
+        sizes = {name.strip(): int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise InvalidArgumentError(f"--mesh: got {text!r}, want axes and their sizes, as in dcp=2,tp=2") from None
+    count, devices = math.prod(sizes.values()), jax.devices()
+    if min(sizes.values()) < 1 or count > len(devices):
+        hint = f"; on CPUs, JAX_NUM_CPU_DEVICES={count} makes as many" if devices[0].platform == "cpu" else ""
+        raise InvalidArgumentError(f"--mesh: got {text!r}, want sizes of at least 1, of {len(devices)} devices{hint}")
+    auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices[:count])
 
 
 def _read_prompts(path: Path) -> list[str]:

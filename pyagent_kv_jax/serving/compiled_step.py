@@ -41,11 +41,16 @@ class CompiledStep:
     num_traces: int = 0
 
 
-def split_model(model: nnx.Module) -> tuple[CompiledStep, tuple[jax.Array, ...]]:
-    """The step of ``model`` and its weights as a flat tuple, which dispatches faster than an nnx state."""
+def split_model(
+    model: nnx.Module, replicated: jax.sharding.NamedSharding | None = None
+) -> tuple[CompiledStep, tuple[jax.Array, ...]]:
+    """The step of ``model`` and its weights as a flat tuple, which dispatches faster than an nnx state.
+
+    ``replicated``: for a model on a mesh, where every device is to have what the step sends back.
+    """
     graph, state = nnx.split(model)
     weights, structure = jax.tree.flatten(state)
-    return _compiled_step(graph, structure), tuple(weights)
+    return _compiled_step(graph, structure, replicated), tuple(weights)
 
 
 def _tables_of_rows(meta: AttentionMetadata) -> jax.Array:
@@ -57,7 +62,7 @@ def _tables_of_rows(meta: AttentionMetadata) -> jax.Array:
 
 
 @lru_cache(maxsize=8)
-def _compiled_step(graph: Any, structure: Any) -> CompiledStep:
+def _compiled_step(graph: Any, structure: Any, replicated: jax.sharding.NamedSharding | None) -> CompiledStep:
     def step(
         weights: tuple[jax.Array, ...],
         pages: Any,
@@ -71,7 +76,10 @@ def _compiled_step(graph: Any, structure: Any) -> CompiledStep:
         model = nnx.merge(graph, jax.tree.unflatten(structure, weights))
         meta = dataclasses.replace(meta, block_tables=_tables_of_rows(meta))
         logits, pages = model(tokens, pages, meta, logits_at=logits_at)
-        return pages, StepOutput(sample(logits, sampling), top2_margin(logits) if with_margins else None)
+        if replicated is not None:  # gathered once, and not in pieces by each search and sort
+            logits = jax.lax.with_sharding_constraint(logits, replicated)
+        output = StepOutput(sample(logits, sampling), top2_margin(logits) if with_margins else None)
+        return pages, output if replicated is None else jax.lax.with_sharding_constraint(output, replicated)
 
     compiled = CompiledStep(jax.jit(step, donate_argnums=1, static_argnums=6))
     return compiled

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.config import KVCacheConfig
+from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
 from pyagent_kv_jax.errors import (
     DuplicateRequestError,
     InvalidArgumentError,
@@ -183,6 +184,7 @@ class DenseCacheManager:
     """
 
     can_fork = False
+    sharding: CacheSharding | None = None
 
     def __init__(self, config: KVCacheConfig) -> None:
         if config.block_size != config.max_model_len:

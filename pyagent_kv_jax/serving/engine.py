@@ -17,6 +17,7 @@ from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.config import DeviceType
 from pyagent_kv_jax.errors import InvalidArgumentError, KVCacheError, UnknownRequestError
 from pyagent_kv_jax.manager.step_plan import StepPlan
+from pyagent_kv_jax.models.sharding import shard_model
 from pyagent_kv_jax.serving.cache_backend import CacheBackend
 from pyagent_kv_jax.serving.compiled_step import StepOutput, split_model
 from pyagent_kv_jax.serving.request import Request
@@ -79,10 +80,11 @@ class Engine:
     Args:
         model: called as ``model(tokens, pages, meta, logits_at=...)``; its ``config``, if it has one, tells
             ``vocab_size`` and ``eos_token_ids``.
-        backend: the cache.
+        backend: the cache. If it is on a mesh, so are the weights: see ``shard_model``.
         config: sizes.
 
     Raises:
+        ConfigError: query heads that the mesh's axes do not divide.
         InvalidArgumentError: sizes that do not fit each other.
     """
 
@@ -98,7 +100,9 @@ class Engine:
             )
         self.num_compilations = 0
         self.on_step: Callable[[Schedule, StepPlan, Outcome], None] | None = None
-        self._step, self._weights = split_model(model)
+        sharding = backend.sharding
+        replicated = None if sharding is None else sharding.replicated
+        self._step, self._weights = split_model(model if sharding is None else shard_model(model, sharding), replicated)
         self._vocab_size: int | None = getattr(getattr(model, "config", None), "vocab_size", None)
         self._eos = frozenset(getattr(getattr(model, "config", None), "eos_token_ids", ()))
         self._decode_sizes, self._prefill_sizes = config.decode_sizes(), config.prefill_sizes()
@@ -107,7 +111,7 @@ class Engine:
         on_device = config.tables_on_device
         if on_device is None:
             on_device = sizes.device_type is not DeviceType.CPU
-        self.tables = TablesOnDevice() if on_device else None
+        self.tables = TablesOnDevice(replicated) if on_device else None
         self._broke_off = False  # blocks of a step may be in the prefix cache that the model has not written
 
     def _scheduler_config(self) -> SchedulerConfig:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from pyagent_kv_jax.config import KVCacheConfig
+from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
 from pyagent_kv_jax.errors import CallbackError, InvalidArgumentError
 from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
 from pyagent_kv_jax.manager.options import ManagerOptions
@@ -49,6 +51,7 @@ def generate(
     sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
     cache_config: KVCacheConfig | None = None,
     backend: CacheBackend | None = None,
+    mesh: Mesh | CacheSharding | None = None,
     max_num_seqs: int = 64,
     token_budget: int = 256,
     on_token: TokenCallback | None = None,
@@ -65,6 +68,9 @@ def generate(
         sampling: for all prompts, or one for each.
         cache_config: sizes of a paged cache made for this call. None: ``fitting_cache_config``.
         backend: a cache to serve through, instead of ``cache_config``; its other requests are left alone.
+        mesh: devices to spread the weights and the cache over: K and V by head over axis "tp", by token over axis
+            "dcp" (decode context parallel), weights over both. A ``CacheSharding`` where axes have other names, or for
+            its choices. None: one device, or where ``backend`` is.
         max_num_seqs: requests running at once.
         token_budget: tokens computed in one step that does prefill; longer prompts are computed in chunks.
         on_token: ``on_token(index of answer, token id)`` after each token, in the order of generation. The answers to
@@ -76,11 +82,12 @@ def generate(
 
     Raises:
         InvalidArgumentError: an empty prompt, a token outside the vocabulary, sizes that do not fit.
+        ConfigError: a mesh that heads, blocks or axis names do not fit.
         RequestTooLongError: a prompt that with its ``max_tokens`` exceeds a row or the pool. Nothing was computed.
         CallbackError: ``on_token`` raised; generation stopped and every block was given back.
     """
-    if backend is not None and cache_config is not None:
-        raise InvalidArgumentError("got both backend and cache_config, want one of them")
+    if backend is not None and (cache_config is not None or mesh is not None):
+        raise InvalidArgumentError("got a backend and also cache_config or mesh, want the one or the others")
     params = one_each(sampling, len(prompts))
     if not prompts:
         return []
@@ -88,8 +95,9 @@ def generate(
         totals = [
             len(prompt) + each.max_tokens for prompt, each in zip(prompts, params, strict=True) for _ in range(each.n)
         ]
-        config = cache_config or fitting_cache_config(model, totals, max_num_seqs=max_num_seqs)
-        backend = KVCacheManager(config, ManagerOptions(prediction_horizon=_STEPS_AHEAD))
+        sharding = None if mesh is None else CacheSharding.of(mesh)
+        config = cache_config or fitting_cache_config(model, totals, max_num_seqs=max_num_seqs, sharding=sharding)
+        backend = KVCacheManager(config, ManagerOptions(prediction_horizon=_STEPS_AHEAD), sharding=sharding)
     engine = Engine(model, backend, EngineConfig(max_num_seqs, token_budget))
     return serve(engine, prompts, params, on_token=on_token, progress=progress)
 
@@ -148,26 +156,32 @@ def one_each(sampling: SamplingParams | Sequence[SamplingParams], count: int) ->
     return params
 
 
-def fitting_cache_config(model: Any, lengths: Sequence[int], *, max_num_seqs: int, **overrides: Any) -> KVCacheConfig:
+def fitting_cache_config(
+    model: Any, lengths: Sequence[int], *, max_num_seqs: int, sharding: CacheSharding | None = None, **overrides: Any
+) -> KVCacheConfig:
     """A cache for ``model`` with about as many blocks as these requests can fill, or as many as memory holds.
 
     Args:
         model: its ``config.kv_cache_config`` tells the layers and heads.
         lengths: tokens of each request, prompt and answer.
         max_num_seqs: requests that run at once.
+        sharding: of a cache on a mesh, whose blocks have 16 tokens on each context rank unless ``block_size`` is given.
         **overrides: fields of ``KVCacheConfig`` that are given.
 
     Raises:
         ConfigError: as ``KVCacheConfig``.
     """
     sizes = {"max_num_reqs": max_num_seqs, **overrides}
+    if sharding is not None:
+        sizes = {"block_size": 16 * sharding.context_size, **sizes}
     if sizes.get("num_blocks") is None:
         config: KVCacheConfig = model.config.kv_cache_config(**{**sizes, "num_blocks": None})
+        most = config.pool_blocks if sharding is None else sharding.fitting_blocks(config)
         longest = np.sort(np.asarray(lengths))[::-1][:max_num_seqs]
         wanted = int(np.sum(-(-longest // config.block_size)))
         spare = max_num_seqs + wanted // 16  # so that the watermark holds nobody up
         # A power of two, so that calls with other prompts find the same shapes compiled.
-        sizes["num_blocks"] = min(1 << (wanted + spare - 1).bit_length(), config.pool_blocks)
+        sizes["num_blocks"] = min(1 << (wanted + spare - 1).bit_length(), most)
     return model.config.kv_cache_config(**sizes)
 
 

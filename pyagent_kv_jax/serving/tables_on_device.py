@@ -14,7 +14,9 @@ class TablesOnDevice:
     With 256 rows of 8,192 columns a step's tables are 8 MiB, in which a decode step changes a number or two in 16 rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sharding: jax.sharding.Sharding | None = None) -> None:
+        """On JAX's default device, or where ``sharding`` says."""
+        self._sharding = sharding
         self._buffer: CpuGpuBuffer | None = None
         self._last: np.ndarray | None = None  # sent last; decode steps in reserved blocks come with the same array
 
@@ -32,7 +34,7 @@ class TablesOnDevice:
             return self._buffer.get_gpu()
         self._last, rows = tables, tables.reshape(-1, tables.shape[-1])
         if self._buffer is None or self._buffer.get_cpu().shape != rows.shape:  # another block size has other tables
-            self._buffer = CpuGpuBuffer(rows.shape, np.int32)
+            self._buffer = CpuGpuBuffer(rows.shape, np.int32, self._sharding)
         changed = np.flatnonzero((rows != self._buffer.get_cpu()).any(axis=1))
         self._buffer.set_rows(changed, rows[changed])
         return self._buffer.get_gpu()

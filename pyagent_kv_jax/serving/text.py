@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
+from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
 from pyagent_kv_jax.errors import CallbackError, InvalidArgumentError
 from pyagent_kv_jax.models import load_model, load_tokenizer
 from pyagent_kv_jax.serving.generate import GenerationResult, generate, one_each
@@ -70,13 +71,14 @@ class LLM:
         self.tokenizer = tokenizer
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> Self:
-        """From a Hugging Face directory.
+    def load(cls, directory: str | os.PathLike[str], *, sharding: CacheSharding | None = None) -> Self:
+        """From a Hugging Face directory; onto a mesh where ``sharding`` names one.
 
         Raises:
             ModelLoadError: it cannot be loaded.
+            ConfigError: query heads that the mesh's axes do not divide.
         """
-        model, _ = load_model(directory)
+        model, _ = load_model(directory, sharding=sharding)
         return cls(model, load_tokenizer(directory))
 
     def encode(self, text: str) -> list[int]:
