@@ -73,6 +73,10 @@ class ModelLoadError(KVCacheError):
     """A model directory that cannot be loaded: a missing file, shard or tensor, an unknown architecture."""
 
 
+class ReplicaDriftError(KVCacheError, RuntimeError):
+    """Copies of one array on several devices that are no longer the same."""
+
+
 class DeviceUnavailableError(KVCacheError, RuntimeError):
     """A device or backend that this process cannot reach."""
 
