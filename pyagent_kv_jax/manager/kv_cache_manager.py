@@ -16,8 +16,11 @@ from numpy.typing import ArrayLike
 
 from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.config import DeviceType, DType, KVCacheConfig
+from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
+from pyagent_kv_jax.distributed.sharded_kv_pages import ShardedKVPages
 from pyagent_kv_jax.errors import (
     CallbackError,
+    ConfigError,
     DuplicateRequestError,
     InvalidArgumentError,
     OutOfBlocksError,
@@ -53,15 +56,32 @@ class KVCacheManager(ManagerViews, HoldsPrefixes):
 
     can_fork = True
 
-    def __init__(self, config: KVCacheConfig, options: ManagerOptions = DEFAULT_OPTIONS) -> None:
+    def __init__(
+        self, config: KVCacheConfig, options: ManagerOptions = DEFAULT_OPTIONS, *, sharding: CacheSharding | None = None
+    ) -> None:
         """Build an empty pool; the pages are made when first asked for.
+
+        Args:
+            config: sizes; on a mesh those of the whole cache, a block having the tokens of all context ranks.
+            options: switches.
+            sharding: how the pages lie on a mesh; ``pages`` are ``ShardedKVPages`` then. Nothing is swapped to the host
+                and the block size stays. None: on one device.
 
         Raises:
             DeviceUnavailableError: the host's XLA CPU device is hidden (``JAX_PLATFORMS``).
-            ConfigError: a hash algorithm that is not there.
+            ConfigError: a hash algorithm that is not there, heads or blocks that cannot be spread like this, or host
+                blocks for a cache on a mesh.
         """
+        if sharding is not None:
+            sharding.on_rank(config)  # raises: says what does not divide
+            if options.num_host_blocks:
+                raise ConfigError(
+                    f"num_host_blocks: got {options.num_host_blocks} for a cache on a mesh, want 0: preempted requests "
+                    f"are computed again there"
+                )
         self.config = config
         self.options = options
+        self.sharding = sharding
         self._lock = threading.RLock()
         self._state = ManagerState(config, options)
         self._holds = BlockHolds(self._state)
@@ -71,18 +91,21 @@ class KVCacheManager(ManagerViews, HoldsPrefixes):
     # -- the pages ---------------------------------------------------------------------------------------------
 
     @property
-    def pages(self) -> KVPages:
+    def pages(self) -> KVPages | ShardedKVPages:
         """K and V on the accelerator, made at first use. Assign the new ones back after a step that donated them.
 
         Between steps the manager itself copies blocks in them (copy-on-write, swap, defragmentation).
         """
         with self._lock:
             if self._state.pages is None:
-                self._state.pages = KVPages.create(self.config)
+                if self.sharding is None:
+                    self._state.pages = KVPages.create(self.config)
+                else:
+                    self._state.pages = ShardedKVPages.create(self.config, self.sharding)
             return self._state.pages
 
     @pages.setter
-    def pages(self, pages: KVPages) -> None:
+    def pages(self, pages: KVPages | ShardedKVPages) -> None:
         with self._lock:
             if pages.config is not self.config and pages.config != self.config:
                 raise InvalidArgumentError(
@@ -363,8 +386,10 @@ class KVCacheManager(ManagerViews, HoldsPrefixes):
             ConfigError: not such a multiple, or more than all the pages hold.
             OutOfBlocksError: what is held takes more blocks of this size than there would be, on the device or the
                 host.
-            InvalidArgumentError: a request has drafts that are not committed.
+            InvalidArgumentError: a request has drafts that are not committed, a hold is open (see ``hold_prefix``), or
+                the cache is on a mesh.
         """
+        self._check_may_change_block_size()
         with self._lock:
             self._holds.check_none_open()
             report = self._state.change_block_size(block_size)
@@ -373,6 +398,8 @@ class KVCacheManager(ManagerViews, HoldsPrefixes):
 
     def adapt_block_size(self, chooser: BlockSizeChooser | None = None) -> int:
         """Look at the lengths of the requests that hold blocks, and change the block size if another one pays.
+
+        While a hold is open (``hold_prefix``), it stays.
 
         For now and then, say every few hundred steps. Where the present requests have no room in blocks of the better
         size, the present one stays.
@@ -384,8 +411,9 @@ class KVCacheManager(ManagerViews, HoldsPrefixes):
             The block size in use then.
 
         Raises:
-            InvalidArgumentError: a request has drafts that are not committed.
+            InvalidArgumentError: a request has drafts that are not committed, or the cache is on a mesh.
         """
+        self._check_may_change_block_size()
         with self._lock:
             if self._holds.open_ids():
                 return self.config.block_size
@@ -394,6 +422,12 @@ class KVCacheManager(ManagerViews, HoldsPrefixes):
             self._state.adapt_block_size(chooser)
             self.config = self._state.config
             return self.config.block_size
+
+    def _check_may_change_block_size(self) -> None:
+        if self.sharding is not None:
+            raise InvalidArgumentError(
+                f"block size: got a change of it for {self.sharding}, want a cache on one device"
+            )
 
     # -- memory pressure ---------------------------------------------------------------------------------------
 
