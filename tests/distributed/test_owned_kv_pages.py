@@ -1,0 +1,197 @@
+"""Attention over blocks that lie on several devices, against one float64 cache that knows nothing of blocks."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import types
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from pyagent_kv_jax.config import KVCacheConfig
+from pyagent_kv_jax.distributed import owned_kv_pages
+from pyagent_kv_jax.distributed.all_reduce import AllReduceStrategy
+from pyagent_kv_jax.distributed.distributed_block_table import DistributedBlockTable
+from pyagent_kv_jax.distributed.owned_kv_pages import OwnedKVPages
+from pyagent_kv_jax.errors import ConfigError, InvalidArgumentError, ShapeMismatchError
+
+ROWS, TOKENS, LAYERS, Q_HEADS, WINDOW = 4, 14, 2, 4, 7
+
+
+def config_of(num_blocks: int, **options: Any) -> KVCacheConfig:
+    sizes = {"num_layers": LAYERS, "num_heads": 2, "head_dim": 8, "v_head_dim": 4, "block_size": 4}
+    limits = {"max_num_reqs": ROWS, "max_model_len": 32}
+    return KVCacheConfig(**(sizes | limits | options), num_blocks=num_blocks, dtype="float32", device="cpu")
+
+
+def mesh_of(**axes: int) -> Mesh:
+    devices = jax.devices("cpu")[: int(np.prod(list(axes.values())))]
+    types = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
+
+
+class Reference:
+    """Every token of every row and layer, in float64."""
+
+    def __init__(self) -> None:
+        self.k: list[list[list[np.ndarray]]] = [[[] for _ in range(ROWS)] for _ in range(LAYERS)]
+        self.v: list[list[list[np.ndarray]]] = [[[] for _ in range(ROWS)] for _ in range(LAYERS)]
+
+    def attend(self, layer: int, row: int, q: Any, k: Any, v: Any, sinks: Any, window: int) -> tuple[Any, Any]:
+        """One token: q [q_heads, d], k and v [heads, d]. Returns out and LSE, with the sinks in them."""
+        keys, values = self.k[layer][row], self.v[layer][row]
+        keys.append(k.astype(np.float64))
+        values.append(v.astype(np.float64))
+        group = len(q) // len(k)
+        out, lse = np.zeros((len(q), v.shape[1])), np.zeros(len(q))
+        for head in range(len(q)):
+            logits = np.array([key[head // group] @ q[head].astype(np.float64) for key in keys[-window:]]) / np.sqrt(8)
+            weights = np.exp(logits)
+            lse[head] = np.log(weights.sum() + np.exp(np.float64(sinks[head])))
+            out[head] = sum(w * x[head // group] for w, x in zip(weights, values[-window:], strict=True))
+            out[head] /= np.exp(lse[head])
+        return out, lse
+
+
+@pytest.mark.parametrize("shape", [{"own": 2}, {"tp": 2, "own": 3}, {"own": 8}], ids=str)
+def test_spilled_blocks_are_attended_where_they_are(shape: dict[str, int]) -> None:
+    size, tensor_axis = shape["own"], "tp" if "tp" in shape else None
+    mesh, rng = mesh_of(**shape), np.random.default_rng(size)
+    config = config_of({2: 16, 3: 15, 8: 16}[size])
+    table = DistributedBlockTable.create(
+        config.table_config(), size, num_blocks=config.pool_blocks, mesh=mesh, axis="own"
+    )
+    pages = OwnedKVPages.create(config, mesh, "own", tensor_axis)
+    pages = jax.tree.map(lambda x: x * np.nan, pages)  # nothing may be read before it is written
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def step(table: Any, pages: Any, lens: Any, devices: Any, q: Any, k: Any, v: Any, sinks: Any, window: Any) -> Any:
+        table, meta = table.extend(lens, num_tokens=TOKENS, devices=devices)
+        results = []
+        for turn, strategy in enumerate(AllReduceStrategy):  # two for each layer, each of which writes the same
+            layer = turn % LAYERS
+            out, lse, pages = pages.attend_with_lse(
+                layer, q[layer], k[layer], v[layer], meta, sinks=sinks, strategy=strategy, sliding_window=window
+            )
+            results.append((out, lse))
+        return table, pages, meta, results
+
+    reference, sinks = Reference(), rng.normal(size=Q_HEADS).astype(np.float32)
+    for lens in ([9, 0, 5, 0], [1, 4, 1, 0], [6, 1, 6, 1], [1, 1, 1, 1], [0, 8, 1, 5]):
+        q, k, v = (
+            rng.normal(size=(LAYERS, TOKENS, heads, dim)).astype(np.float32)
+            for heads, dim in ((Q_HEADS, 8), (config.num_heads, 8), (config.num_heads, 4))
+        )
+        homes, window = rng.integers(0, 2, ROWS).astype(np.int32), np.int32(32 if lens[0] else WINDOW)
+        table, pages, meta, results = step(table, pages, np.array(lens, np.int32), homes, q, k, v, sinks, window)
+        assert meta.ok.all()
+        rows = np.repeat(np.arange(ROWS), lens)
+        for layer in range(LAYERS):
+            pairs = [
+                reference.attend(layer, row, q[layer, t], k[layer, t], v[layer, t], sinks, int(window))
+                for t, row in enumerate(rows)
+            ]
+            want = tuple(np.stack(part) for part in zip(*pairs, strict=True))
+            for out, lse in results[layer::LAYERS]:
+                np.testing.assert_allclose(np.asarray(out)[: len(rows)], want[0], rtol=1e-5, atol=1e-5)
+                np.testing.assert_allclose(np.asarray(lse)[: len(rows)], want[1], rtol=1e-5, atol=1e-5)
+                assert not np.asarray(out)[len(rows) :].any()
+    owners = [set(table.get_block_location(row[row >= 0]).tolist()) for row in np.asarray(table.table.blocks)]
+    assert max(map(len, owners)) > 1  # some row did spill
+    table.check_invariants()
+
+
+def attend(table: Any, pages: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
+    table, meta = table.extend(np.ones(ROWS, np.int32))
+    return table, *pages.attend(0, q, k, v, meta, **options)
+
+
+def compiled(config: KVCacheConfig, mesh: Mesh, **options: Any) -> jax.stages.Compiled:
+    table = DistributedBlockTable.create(config.table_config(), 4, num_blocks=config.pool_blocks, mesh=mesh, axis="own")
+    pages = OwnedKVPages.create(config, mesh, "own")
+    q, k, v = (np.ones((ROWS, heads, dim), np.float32) for heads, dim in ((Q_HEADS, 8), (2, 8), (2, 4)))
+    step = jax.jit(lambda *arguments: attend(*arguments, **options), donate_argnums=(0, 1))
+    return step.lower(table, pages, q, k, v).compile()
+
+
+def test_pages_stay_in_place_and_on_their_device() -> None:
+    """One step: the ids and free counts of the table, two all-reduces of the partials, no copy of the pages."""
+    config = config_of(4 * 2048)
+    program = compiled(config, mesh_of(own=4))
+    memory, own = program.memory_analysis(), 2048 * LAYERS * 2 * 4 * (8 + 4) * 4
+    assert memory.alias_size_in_bytes >= own
+    assert memory.temp_size_in_bytes < own // 20
+    found = re.findall(
+        r"= (\w+)\[([\d,]*)\]\S* (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", program.as_text()
+    )
+    sizes = sorted((name, kind, int(np.prod([int(n) for n in dims.split(",") if n]))) for kind, dims, name in found)
+    states = ROWS * Q_HEADS
+    assert sizes == [
+        ("all-gather", "s32", 4),
+        ("all-reduce", "f32", states),
+        ("all-reduce", "f32", states * (4 + 1)),
+        ("all-reduce", "s32", ROWS),
+    ]
+
+
+def test_sinks_counted_on_every_device_turn_the_comparison_red() -> None:
+    mesh, rng, config = mesh_of(own=2), np.random.default_rng(0), config_of(8, num_layers=1)
+    assert owned_kv_pages.__file__
+    source = pathlib.Path(owned_kv_pages.__file__).read_text()
+    faulty = types.ModuleType(owned_kv_pages.__name__)
+    fault = source.replace("jnp.where(rank == 0, sinks, -jnp.inf)", "sinks")
+    assert fault != source
+    exec(compile(fault, owned_kv_pages.__file__, "exec"), faulty.__dict__)
+    table = DistributedBlockTable.create(config.table_config(), 2, num_blocks=8, mesh=mesh, axis="own")
+    q, k, v = (rng.normal(size=(ROWS, heads, dim)).astype(np.float32) for heads, dim in ((4, 8), (2, 8), (2, 4)))
+    sinks = rng.normal(size=4).astype(np.float32)
+    want = np.stack([Reference().attend(0, row, q[row], k[row], v[row], sinks, 32)[0] for row in range(ROWS)])
+    for module, is_right in ((owned_kv_pages, True), (faulty, False)):
+        pages = module.OwnedKVPages.create(config, mesh, "own")
+        _, out, _ = jax.jit(attend)(table, pages, q, k, v, sinks=sinks)
+        assert np.allclose(out, want, rtol=1e-5, atol=1e-5) == is_right
+
+
+def test_quantised_pages_and_plain_writes() -> None:
+    mesh = mesh_of(own=2)
+    pages = OwnedKVPages.create(
+        KVCacheConfig(1, 2, 8, num_blocks=4, block_size=4, dtype="int8", device="cpu"), mesh, "own", None
+    )
+    k = np.random.default_rng(0).normal(size=(3, 2, 8)).astype(np.float32) * 40
+    written = jax.jit(lambda pages, *tokens: pages.write(0, *tokens))(pages, k, k, np.array([1, 9, -1], np.int32))
+    stored = np.asarray(written.k_pages)
+    chex.assert_trees_all_close(stored[0, :, 1].astype(np.float32), np.rint(k[0]), atol=1)
+    chex.assert_trees_all_close(stored[2, :, 1].astype(np.float32), np.rint(k[1]), atol=1)
+    assert np.count_nonzero(stored.any(axis=(1, 3))) == 2
+    assert written.nbytes == 2 * 4 * 2 * 4 * 8
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    mesh = mesh_of(own=2, tp=3)
+    with pytest.raises(ConfigError, match=r"axis, tensor_axis: got 'rows', None, want two of \('own', 'tp'\)"):
+        OwnedKVPages.create(config_of(8), mesh, "rows")
+    with pytest.raises(ConfigError, match="axis, tensor_axis: got 'own', 'own'"):
+        OwnedKVPages.create(config_of(8), mesh, "own", "own")
+    with pytest.raises(ConfigError, match="num_blocks: got 9 over 2 devices, want a multiple of 2"):
+        OwnedKVPages.create(config_of(9), mesh, "own")
+    with pytest.raises(ConfigError, match="num_heads: got 2 over 3 devices, want a multiple of 3"):
+        OwnedKVPages.create(config_of(8), mesh, "own", "tp")
+    pages = OwnedKVPages.create(config_of(8), mesh, "own")
+    table = DistributedBlockTable.create(config_of(8).table_config(), 2, num_blocks=8, mesh=mesh, axis="own")
+    q, k, v = (np.ones((ROWS, heads, dim), np.float32) for heads, dim in ((4, 8), (2, 8), (2, 4)))
+    with pytest.raises(ShapeMismatchError, match=r"k: got shape \[4, 4, 8\], want \[tokens, 2, 8\]"):
+        jax.eval_shape(attend, table, pages, q, q, v)
+    with pytest.raises(
+        ShapeMismatchError, match=r"q: got shape \[4, 3, 8\], want \[tokens, a multiple of 2 heads, 8\]"
+    ):
+        jax.eval_shape(attend, table, pages, q[:, :3], k, v)
+    with pytest.raises(InvalidArgumentError, match="strategy: got 'star'"):
+        jax.eval_shape(partial(attend, strategy="star"), table, pages, q, k, v)
