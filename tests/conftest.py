@@ -19,6 +19,7 @@ if jax.__version_info__ < (0, 11) and not any(flag in os.environ.get("XLA_FLAGS"
 
 _OPTION = "jax_disable_most_optimizations"
 _COMPILE_BOUND = (
+    "batch",
     "cache",
     "distributed",
     "handoff",
