@@ -168,7 +168,7 @@ class BlockHolds:
         at = np.asarray(places)
         if at.ndim != 2 or at.shape[1] != 2 or at.dtype.kind not in "iu":
             raise ShapeMismatchError(f"places: got {at.dtype}{list(at.shape)}, want int32[n, 2]")
-        right: np.ndarray = ((at >= 0) & (at < allowed.shape)).all(axis=1)
+        right = np.all((at >= 0) & (at < allowed.shape), axis=1)
         right[right] = allowed[tuple(at[right].T)]
         if not right.all():
             raise InvalidArgumentError(f"places: got {at[~right][:8].tolist()}, want (group, column) of {what}")

@@ -357,6 +357,13 @@ class Scheduler:
                     queued.append(child)
         return forks, queued
 
+    def drop(self, request: Request) -> list[str]:
+        """Forget one request and its other samples; the ids of those that the cache knows and nobody frees."""
+        dropped = [one for one in (request, *request.samples) if one in self.running or one in self.waiting]
+        self.running = [one for one in self.running if one not in dropped]
+        self.waiting = [one for one in self.waiting if one not in dropped]
+        return [one.request_id for one in dropped]
+
     def drop_all(self) -> list[str]:
         """Forget every request; returns all ids that the cache may know.
 
