@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -345,6 +345,9 @@ copy_blocks_in_place = jax.jit(lambda pages, src, dst: pages.copy_blocks(src, ds
 
 clear_blocks_in_place = jax.jit(lambda pages, ids: pages.clear_blocks(ids), donate_argnums=0)
 """``clear_blocks`` likewise."""
+
+PageMove = Literal["clear", "copy"]
+PAGE_MOVES: dict[PageMove, Any] = {"clear": clear_blocks_in_place, "copy": copy_blocks_in_place}
 
 
 def page_shapes(config: KVCacheConfig) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:

@@ -8,13 +8,13 @@ who owns which block.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyagent_kv_jax.cache.kv_pages import KVPages
+from pyagent_kv_jax.cache.kv_pages import KVPages, PageMove
 from pyagent_kv_jax.config import DeviceType, DType, KVCacheConfig
 from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
 from pyagent_kv_jax.distributed.sharded_kv_pages import ShardedKVPages
@@ -113,6 +113,15 @@ class KVCacheManager(ManagerViews, HoldsPrefixes):
                     f"of blocks of {self.config.block_size}: assign a step's pages back before the block size changes"
                 )
             self._state.pages = pages
+
+    def before_page_moves(self, callback: Callable[[PageMove, list[np.ndarray]], Any]) -> None:
+        """Call ``callback("copy" | "clear", ids)`` before blocks are copied or cleared in ``pages``.
+
+        ``ids`` are those of ``KVPages.copy_blocks`` or ``clear_blocks``. For processes that keep pages in step with
+        these; it runs under the manager's lock and must not call the manager.
+        """
+        with self._lock:
+            self._state.before_page_move = callback
 
     # -- requests and their tokens -----------------------------------------------------------------------------
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
-from pyagent_kv_jax.cache.kv_pages import KVPages
+from pyagent_kv_jax.cache.kv_pages import KVPages, PageMove
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.distributed.sharded_kv_pages import ShardedKVPages
 from pyagent_kv_jax.errors import (
@@ -35,6 +38,7 @@ class ManagerParts:
         self.config = config
         self.options = options
         self.pages: KVPages | ShardedKVPages | None = None
+        self.before_page_move: Callable[[PageMove, list[np.ndarray]], Any] | None = None
         self._control = ControlPlane(config, options.prediction_horizon)
         self.ahead = DecodeAhead(config, options.prediction_horizon)
         self.rows = RequestRows(config.max_num_reqs)

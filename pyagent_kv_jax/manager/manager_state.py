@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from pyagent_kv_jax.cache.kv_pages import KVPages, clear_blocks_in_place, copy_blocks_in_place
+from pyagent_kv_jax.cache.kv_pages import PAGE_MOVES, KVPages, PageMove
 from pyagent_kv_jax.errors import (
     DuplicateRequestError,
     InvalidArgumentError,
@@ -238,14 +238,21 @@ class ManagerState(StepsInReserve):
         if self.pages is None:  # nothing was ever written
             return
         if self.options.zero_on_free and len(done.new_ids):
-            self.pages = clear_blocks_in_place(self.pages, padded(done.new_ids))
+            self._in_place("clear", done.new_ids)
         if swap_ins:
             host, blocks = (np.concatenate(each) for each in zip(*swap_ins, strict=True))
             if len(host):
                 assert isinstance(self.pages, KVPages)  # on a mesh there are no host blocks
                 self.pages = self.swap.copy_in(self.pages, host, blocks)
         if len(src):
-            self.pages = copy_blocks_in_place(self.pages, padded(src), padded(dst))
+            self._in_place("copy", src, dst)
+
+    def _in_place(self, move: PageMove, *ids: np.ndarray) -> None:
+        """Clear or copy blocks in the pages."""
+        words = [padded(each) for each in ids]
+        if self.before_page_move is not None:
+            self.before_page_move(move, words)
+        self.pages = PAGE_MOVES[move](self.pages, *words)
 
     # -- giving back -------------------------------------------------------------------------------------------
 
@@ -428,5 +435,5 @@ class ManagerState(StepsInReserve):
             named = moved[cached[moved]]
             self.prefixes.remap(named, new_ids[named])
             if self.pages is not None:
-                self.pages = copy_blocks_in_place(self.pages, padded(moved), padded(new_ids[moved]))
+                self._in_place("copy", moved, new_ids[moved])
         return DefragmentationReport(len(moved), int(in_use.sum()), int((cached & ~in_use).sum()), run_share)

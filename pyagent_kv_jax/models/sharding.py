@@ -6,6 +6,7 @@ import math
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -45,7 +46,11 @@ def place_weight(path: tuple[Any, ...], value: Any, sharding: CacheSharding, con
     if isinstance(present, NamedSharding) and present.mesh == sharding.mesh:
         return value
     spec = weight_spec(path, value.shape, sharding, config) if isinstance(config, LlamaConfig) else P()
-    return jax.device_put(value, sharding.named(spec))
+    place = sharding.named(spec)
+    if place.is_fully_addressable:
+        return jax.device_put(value, place)
+    host = np.asarray(value)  # every process has all of it, and puts in its place what is its own
+    return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
 
 
 def weight_spec(path: tuple[Any, ...], shape: tuple[int, ...], sharding: CacheSharding, config: LlamaConfig) -> Any:

@@ -19,7 +19,7 @@ from pyagent_kv_jax.errors import InvalidArgumentError, KVCacheError, UnknownReq
 from pyagent_kv_jax.manager.step_plan import StepPlan
 from pyagent_kv_jax.models.sharding import shard_model
 from pyagent_kv_jax.serving.cache_backend import CacheBackend
-from pyagent_kv_jax.serving.compiled_step import StepOutput, split_model
+from pyagent_kv_jax.serving.compiled_step import CompiledStep, StepOutput, split_model
 from pyagent_kv_jax.serving.request import Request
 from pyagent_kv_jax.serving.sampling import SamplingArrays, SamplingParams, sample_seed
 from pyagent_kv_jax.serving.scheduler import NewToken, Outcome, Schedule, Scheduler, SchedulerConfig
@@ -82,13 +82,21 @@ class Engine:
             ``vocab_size`` and ``eos_token_ids``.
         backend: the cache. If it is on a mesh, so are the weights: see ``shard_model``.
         config: sizes.
+        wrap_step: what runs in place of the compiled step, given it.
 
     Raises:
         ConfigError: query heads that the mesh's axes do not divide.
         InvalidArgumentError: sizes that do not fit each other.
     """
 
-    def __init__(self, model: nnx.Module, backend: CacheBackend, config: EngineConfig = EngineConfig()) -> None:
+    def __init__(
+        self,
+        model: nnx.Module,
+        backend: CacheBackend,
+        config: EngineConfig = EngineConfig(),
+        *,
+        wrap_step: Callable[[CompiledStep], CompiledStep] = lambda step: step,
+    ) -> None:
         self.backend = backend
         self.config = config
         sizes = self._sizes = backend.config
@@ -102,7 +110,8 @@ class Engine:
         self.on_step: Callable[[Schedule, StepPlan, Outcome], None] | None = None
         sharding = backend.sharding
         replicated = None if sharding is None else sharding.replicated
-        self._step, self._weights = split_model(model if sharding is None else shard_model(model, sharding), replicated)
+        step, self._weights = split_model(model if sharding is None else shard_model(model, sharding), replicated)
+        self._step = wrap_step(step)
         self._vocab_size: int | None = getattr(getattr(model, "config", None), "vocab_size", None)
         self._eos = frozenset(getattr(getattr(model, "config", None), "eos_token_ids", ()))
         self._decode_sizes, self._prefill_sizes = config.decode_sizes(), config.prefill_sizes()
@@ -298,6 +307,15 @@ class Engine:
         for row_size, token_size in shapes:
             sampling = SamplingArrays.from_rows([], [], [], row_size)
             jax.block_until_ready(self._dispatch(np.zeros(token_size, np.int32), nobody, sampling))
+
+    def abort(self, request: Request) -> None:
+        """Forget one request between two steps, and its other samples; their blocks come back at once.
+
+        One that is not here, or has finished, is passed over: the next step gives back what a finished one held.
+        """
+        for request_id in self.scheduler.drop(request):
+            with contextlib.suppress(UnknownRequestError):  # a sample that has not been introduced
+                self.backend.free(request_id)
 
     def abort_all(self) -> None:
         """Forget every request and give all their blocks back; safe after an error or interrupt anywhere in a step.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from pyagent_kv_jax.serving.cache_backend import CacheBackend
 from pyagent_kv_jax.serving.engine import Engine, EngineConfig
 from pyagent_kv_jax.serving.request import FinishReason, Request
 from pyagent_kv_jax.serving.sampling import GREEDY, SamplingParams
+from pyagent_kv_jax.serving.several_hosts import Told, ToldStep, check_same_call, follow, lead, spans_processes
 
 TokenCallback = Callable[[int, int], Any]
 _STEPS_AHEAD = 16  # of decode, that blocks are reserved for; see benchmarks/prediction.py
@@ -70,7 +72,9 @@ def generate(
         backend: a cache to serve through, instead of ``cache_config``; its other requests are left alone.
         mesh: devices to spread the weights and the cache over: K and V by head over axis "tp", by token over axis
             "dcp" (decode context parallel), weights over both. A ``CacheSharding`` where axes have other names, or for
-            its choices. None: one device, or where ``backend`` is.
+            its choices. None: one device, or where ``backend`` is. Where the devices are of several processes
+            (``jax.distributed``), all of them make the same call and get the same answers; process 0 decides what runs
+            when, and alone calls ``on_token``.
         max_num_seqs: requests running at once.
         token_budget: tokens computed in one step that does prefill; longer prompts are computed in chunks.
         on_token: ``on_token(index of answer, token id)`` after each token, in the order of generation. The answers to
@@ -98,8 +102,12 @@ def generate(
         sharding = None if mesh is None else CacheSharding.of(mesh)
         config = cache_config or fitting_cache_config(model, totals, max_num_seqs=max_num_seqs, sharding=sharding)
         backend = KVCacheManager(config, ManagerOptions(prediction_horizon=_STEPS_AHEAD), sharding=sharding)
-    engine = Engine(model, backend, EngineConfig(max_num_seqs, token_budget))
-    return serve(engine, prompts, params, on_token=on_token, progress=progress)
+    sizes = EngineConfig(max_num_seqs, token_budget)
+    if backend.sharding is not None and spans_processes(backend.sharding.mesh):
+        assert isinstance(backend, KVCacheManager)
+        sizes = dataclasses.replace(sizes, tables_on_device=False)
+        return _generate_on_hosts(model, backend, sizes, prompts, params, on_token=on_token, progress=progress)
+    return serve(Engine(model, backend, sizes), prompts, params, on_token=on_token, progress=progress)
 
 
 def serve(
@@ -183,6 +191,30 @@ def fitting_cache_config(
         # A power of two, so that calls with other prompts find the same shapes compiled.
         sizes["num_blocks"] = min(1 << (wanted + spare - 1).bit_length(), most)
     return model.config.kv_cache_config(**sizes)
+
+
+def _generate_on_hosts(
+    model: nnx.Module, backend: KVCacheManager, sizes: EngineConfig, prompts: Any, params: Any, **options: Any
+) -> list[GenerationResult]:
+    """``serve`` on a mesh of several processes, each of which makes this call."""
+    assert backend.sharding is not None
+    told = Told(backend.sharding.mesh)
+    tokens = [list(prompt) for prompt in prompts]  # of an array, repr leaves out the middle
+    check_same_call(told, prompts=tokens, sampling=params, cache=backend.config, sizes=sizes)
+    if not told.is_source:
+        answers = follow(model, backend.config, backend.sharding, told)["answers"]
+        return [_unpacked(answer) for answer in json.loads(answers)]
+    backend.before_page_moves(lambda move, ids: told.say(move, ids={str(i): each for i, each in enumerate(ids)}))
+    engine = Engine(model, backend, sizes, wrap_step=lambda step: ToldStep(step, told))
+    return lead(
+        told,
+        lambda: serve(engine, prompts, params, **options),
+        lambda results: {"answers": json.dumps([dataclasses.asdict(result) for result in results])},
+    )
+
+
+def _unpacked(answer: dict[str, Any]) -> GenerationResult:
+    return GenerationResult(**{**answer, "other_samples": tuple(_unpacked(other) for other in answer["other_samples"])})
 
 
 def _call(on_token: TokenCallback | None, index: int, token: int) -> None:

@@ -185,7 +185,7 @@ def test_another_hash_algorithm_or_version_is_refused():
     with pytest.raises(TransferError, match="hash_algorithm: got 'sha256', want 'xxh3_128'"):
         DecodeInstance(make_engine(options=ManagerOptions(hash_algorithm="xxh3_128")), link, "small")
     link.instance.identity = dataclasses.replace(link.instance.identity, library="0.0", protocol=0)
-    with pytest.raises(TransferError, match=r"protocol: got '0', want '1'; library: got '0.0', want '0.1'"):
+    with pytest.raises(TransferError, match=r"protocol: got '0', want 1; library: got '0.0', want '0.1'"):
         DecodeInstance(make_engine(), link, "small")
 
 
