@@ -179,25 +179,30 @@ def test_locations() -> None:
 
 
 def test_what_cannot_be_is_refused_and_nothing_changes() -> None:
-    table = DistributedBlockTable.create(CONFIG, 2, num_blocks=8)
-    table, _ = table.allocate_blocks([0], [3], num_tokens=[9])
+    table = DistributedBlockTable.create(CONFIG, 4, 2, num_blocks=16)
+    none = np.full(2, -1)
+    table, _ = table.allocate_blocks([0, 3], [3, 6], devices=none, num_tokens=[9, 0], capacity=8 + 4)
     before = jax.device_get((table.table, table.pools))
-    for error, message, arguments in (
-        (OutOfBlocksError, "row 2: got a request for 2 blocks, want at most 1: 5 are free on 2", ([1, 2], [4, 2])),
-        (RequestTooLongError, r"row 0: got 4 more blocks, want at most 3 \(3 of its 6 columns", (0, 4)),
-        (UnknownRequestError, "row: got 7, want 0 to 6", (7, 1)),
-        (InvalidArgumentError, "row_idx: got row 1 twice", ([1, 1], [1, 1])),
-        (InvalidArgumentError, "row 1: got a request for -2 blocks, want 0 or more", (1, -2)),
-        (ShapeMismatchError, r"num_blocks: got int64\[1\], want int32\[2\]", ([1, 2], [1])),
+    for error, message, changed in (
+        (
+            OutOfBlocksError,
+            "row 2: got a request for 4 blocks, want at most 3: 7 are free on 4",
+            {"num_blocks": [4, 4]},
+        ),
+        (RequestTooLongError, r"row 0: got 4 more blocks, want at most 3 \(3 of its 6", {"row_idx": [0, 1]}),
+        (UnknownRequestError, "row: got 7, want 0 to 6", {"row_idx": [1, 7]}),
+        (InvalidArgumentError, "row_idx: got row 1 twice", {"row_idx": [1, 1]}),
+        (InvalidArgumentError, "row 2: got a request for -2 blocks, want 0 or more", {"num_blocks": [1, -2]}),
+        (InvalidArgumentError, "devices: got 4, want 0 to 3, or -1", {"devices": [0, 4]}),
+        (InvalidArgumentError, "num_tokens: got 17 for row 1, want at most 16", {"num_tokens": [17, 0]}),
+        (ShapeMismatchError, r"num_blocks: got int64\[1\], want int32\[2\]", {"num_blocks": [1]}),
+        (InvalidArgumentError, "capacity: got -1, want a static integer", {"capacity": -1}),
     ):
+        asked = {"row_idx": [1, 2], "num_blocks": [4, 1], "devices": none, "num_tokens": [0, 0], "capacity": 12}
         with pytest.raises(error, match=message):
-            table.allocate_blocks(*arguments)
-    with pytest.raises(InvalidArgumentError, match="devices: got 2, want 0 to 1, or -1"):
-        table.allocate_blocks(1, 1, devices=2)
-    with pytest.raises(InvalidArgumentError, match="num_tokens: got 5 for row 1, want at most 4"):
-        table.allocate_blocks(1, 1, num_tokens=5)
+            table.allocate_blocks(**(asked | changed))
     with pytest.raises(UnknownRequestError, match="row 1: holds nothing"):
-        table.free(1)
+        table.free([0, 1])
     with pytest.raises(InvalidArgumentError, match="row_idx: got row 0 twice"):
         table.free([0, 0])
     chex.assert_trees_all_equal(jax.device_get((table.table, table.pools)), before)
@@ -218,8 +223,8 @@ def test_configurations_that_cannot_be() -> None:
 
 
 def test_broken_pools_are_found() -> None:
-    table = DistributedBlockTable.create(CONFIG, 2, num_blocks=8)
-    table, _ = table.allocate_blocks([0], [3], devices=[1])
+    table = DistributedBlockTable.create(CONFIG, 4, 2, num_blocks=16)
+    table, _ = table.allocate_blocks([0, 1], [3, 1], devices=[1, 3])
     table.check_invariants()
     counts = table.pools.ref_counts.at[1, 0].add(1)
     lost = dataclasses.replace(table, pools=dataclasses.replace(table.pools, ref_counts=counts))
@@ -258,7 +263,7 @@ def test_collectives_of_an_allocation() -> None:
 
 def test_a_jitted_step_raises_nothing_and_says_so() -> None:
     table = DistributedBlockTable.create(CONFIG, 2, num_blocks=4)
-    step = jax.jit(lambda table, counts: table.allocate_blocks(jnp.arange(2), counts))
+    step = jax.jit(lambda table, counts: table.allocate_blocks(jnp.arange(2, dtype=jnp.int32), counts))
     table, given = step(table, np.array([3, 2], np.int32))
     assert given.ok.tolist() == [True, False]
     assert table.table.num_blocks.tolist()[:2] == [3, 0]
