@@ -98,8 +98,9 @@ def _most_tokens(request: BatchRequest, wanted: int, context: int, config: DCPPl
     for count in (wanted, *(size for size in reversed(config.token_buckets) if size < wanted), min(wanted, 1)):
         if BatchSize().with_request(count, context).fits(config):
             return count
-    needed = BatchSize().with_request(min(wanted, 1), context).bytes_needed(config)
+    least = min(wanted, 1)
+    needed = BatchSize().with_request(least, context).bytes_needed(config)
     raise ConfigError(
-        f"memory_budget: got {config.memory_budget} bytes, want at least {needed} for one token of request "
-        f"{request.request_id!r}"
+        f"memory_budget: got {config.memory_budget} bytes, want at least {needed} for {least} tokens of "
+        f"request {request.request_id!r}"
     )

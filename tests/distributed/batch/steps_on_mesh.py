@@ -11,8 +11,9 @@ import numpy as np
 
 from pyagent_kv_jax.distributed import CacheSharding, ShardedKVPages
 from pyagent_kv_jax.distributed.batch import BatchOutput, BatchRequest, DCPPlanConfig, ExecutionPlan
-from tests.distributed.attention_on_mesh import BLOCKS, DIM, LAYERS, ROWS, TOKENS, Contexts, config_for
+from tests.distributed.attention_on_mesh import DIM, LAYERS, ROWS, TOKENS, Contexts, config_for
 
+BLOCKS = 30  # five a row
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -21,7 +22,9 @@ def plan_config(
 ) -> DCPPlanConfig:
     """Batches are of one size, ROWS and TOKENS, unless ``sizes`` say otherwise."""
     sizes = {"row_buckets": (ROWS,), "token_buckets": (TOKENS,), **sizes}
-    return DCPPlanConfig(config_for(sharding, kv_heads, slots, **dict(cache)), sharding, q_heads, **sizes)
+    return DCPPlanConfig(
+        config_for(sharding, kv_heads, slots, **{"num_blocks": BLOCKS, **dict(cache)}), sharding, q_heads, **sizes
+    )
 
 
 def poisoned_pages(config: DCPPlanConfig) -> ShardedKVPages:
