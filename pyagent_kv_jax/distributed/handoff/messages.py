@@ -52,8 +52,8 @@ KINDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     # How a connection begins, and that it is alive.
     "hello": {"nonce": _text},
     "challenge": {"nonce": _text, "proof": _text},
-    "proof": {"proof": _text, "identity": _object},
-    "welcome": {"identity": _object, "bulk_address": _text, "peer_timeout": _integer(0, 86_400_000)},
+    "introduce": {"identity": _object},
+    "welcome": {"identity": _object, "bulk_address": _text},
     "refused": {"reason": _text},
     "ping": {},
     "pong": {},

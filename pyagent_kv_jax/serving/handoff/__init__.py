@@ -5,5 +5,15 @@ from pyagent_kv_jax.serving.handoff.decode_instance import DecodeInstance, Hando
 from pyagent_kv_jax.serving.handoff.fingerprint import model_fingerprint
 from pyagent_kv_jax.serving.handoff.prefill_instance import PrefillInstance
 from pyagent_kv_jax.serving.handoff.prefill_link import LocalLink
+from pyagent_kv_jax.serving.handoff.remote_link import PrefillServer, RemoteLink
 
-__all__ = ["DecodeInstance", "HandoffRequest", "LoadOptions", "LocalLink", "PrefillInstance", "model_fingerprint"]
+__all__ = [
+    "DecodeInstance",
+    "HandoffRequest",
+    "LoadOptions",
+    "LocalLink",
+    "PrefillInstance",
+    "PrefillServer",
+    "RemoteLink",
+    "model_fingerprint",
+]

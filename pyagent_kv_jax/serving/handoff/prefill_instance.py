@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from pyagent_kv_jax.distributed.handoff.block_layout import Blocks
@@ -30,6 +31,10 @@ class Stage(Protocol):
 
     def put(self, blocks: Blocks) -> int:
         """Keep ``blocks`` under a new number."""
+        ...
+
+    def fetched(self, uuid: int) -> None:
+        """The other side has them, or will."""
         ...
 
     def drop(self, uuid: int) -> None:
@@ -148,6 +153,8 @@ class PrefillInstance:
             staged.remove(message["uuid"])
             if message["kind"] == "unwanted":
                 self._stage.drop(message["uuid"])
+            else:
+                self._stage.fetched(message["uuid"])
 
     def _released(self, peer: str, message: Message) -> None:
         self.leases.use(message["lease"], peer)  # raises: it is another's, or has expired
@@ -267,6 +274,12 @@ def manager_of(engine: Engine) -> tuple[KVCacheManager, int]:
             f"{engine.config.max_num_seqs}: each block transfer under way takes a row"
         )
     return manager, spare
+
+
+def device_of(engine: Engine) -> jax.Device:
+    """The device that blocks leave from and arrive at; of a mesh, its first one."""
+    manager, _ = manager_of(engine)
+    return sorted(manager.pages.k_pages.sharding.device_set, key=lambda device: device.id)[0]
 
 
 def identity_of(manager: KVCacheManager, model_name: str) -> InstanceIdentity:

@@ -95,6 +95,9 @@ class LocalStage:
         """See ``Stage``."""
         self._blocks.pop(uuid, None)
 
+    def fetched(self, uuid: int) -> None:
+        """See ``Stage``; ``take`` has done it."""
+
     def take(self, uuid: int) -> Blocks:
         """What was put.
 
