@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -113,7 +113,9 @@ def ring_attention_on_rank(
     chunk_size: ArrayLike | None = None,
     logits_soft_cap: ArrayLike | None = None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    visit: Callable[[Any, jax.Array, jax.Array, jax.Array], Any] | None = None,
+    visited: Any = None,
+) -> Any:
     """``ring_attention`` on one rank, for use inside ``jax.shard_map``: all arrays are this rank's own part.
 
     Args:
@@ -124,9 +126,14 @@ def ring_attention_on_rank(
         axis_size: static, C.
         kv_lens: i32[batch], of whole sequences.
         scale, sliding_window, chunk_size, logits_soft_cap, sinks: as for ``ring_attention``; sinks of these heads.
+        visit: ``visited = visit(visited, k, v, positions)``, called for every rank's part as it comes by, with its K, V
+            and positions i32[seq / C]: so a cache that spreads tokens in another way than the ring (DCP) is written
+            without one more collective, each rank picking out what is its own. What is padding in V is 0.
+        visited: what ``visit`` is given first: any pytree, such as the rank's pages.
 
     Returns:
-        (out [batch, seq / C, q_heads, dv] of q's dtype, lse f32[batch, seq / C, q_heads]).
+        (out [batch, seq / C, q_heads, dv] of q's dtype, lse f32[batch, seq / C, q_heads]); and ``visited``, if there is
+        a ``visit``.
 
     Raises:
         InvalidArgumentError: there is no such axis here, or it is of another size.
@@ -149,13 +156,16 @@ def ring_attention_on_rank(
     for step in range(axis_size):
         coming = [lax.ppermute(x, axis_name, onwards) for x in (k, v)] if step + 1 < axis_size else [k, v]
         source = (rank - step) % axis_size
+        if visit is not None:
+            visited = visit(visited, k, v, zigzag_positions(seq, axis_size, source))
         starts = jnp.stack([source, 2 * axis_size - 1 - source]) * pairs.chunk
         for query_half, key_half in chunk_pairs(rank, source) if step else chunk_pairs(0, 0):
             state = pairs.add(state, queries, query_half, k, v, key_half, starts[key_half])
         k, v = coming
     out, lse = queries.finish(state, q.shape)
     real = (positions < lens[:, None])[..., None]
-    return jnp.where(real[..., None], out, 0).astype(q.dtype), jnp.where(real, lse, -jnp.inf)
+    out, lse = jnp.where(real[..., None], out, 0).astype(q.dtype), jnp.where(real, lse, -jnp.inf)
+    return (out, lse) if visit is None else (out, lse, visited)
 
 
 def _axis_sizes(mesh: Mesh, axis: str, tensor_axis: str | None, batch_axis: str | None) -> dict[str, int]:
