@@ -57,8 +57,11 @@ class CacheSharding:
             raise ConfigError(f"context_axis and tensor_axis: got {self.context_axis!r} twice, want two axes")
         if not is_count(self.interleave) or self.interleave < 1:
             raise ConfigError(f"interleave: got {self.interleave!r}, want a positive integer")
-        object.__setattr__(self, "combine", None if self.combine is None else Combine(self.combine))
-        object.__setattr__(self, "strategy", AllReduceStrategy(self.strategy))
+        for name, kind in (("combine", Combine), ("strategy", AllReduceStrategy)):
+            value = getattr(self, name)
+            if value not in list(kind) and not (name == "combine" and value is None):
+                raise ConfigError(f"{name}: got {value!r}, want one of {[one.value for one in kind]}")
+            object.__setattr__(self, name, None if value is None else kind(value))
 
     @classmethod
     def of(cls, mesh: Mesh | Self) -> Self:

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from pallas_kernels import CompressedSlotMapping
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.kv_pages import KVPages, expanded_slots, page_shapes
+from pyagent_kv_jax.cache.paged_kv_cache import PagedKVCache
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.distributed.all_reduce import all_reduce_states
 from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
@@ -229,6 +230,14 @@ class ShardedKVPages:
                 )
 
 
+def sharded_cache(config: KVCacheConfig, sharding: CacheSharding) -> PagedKVCache:
+    """An empty ``PagedKVCache`` on a mesh, for a ``jit`` and ``scan`` of one's own: pages spread, pool and table on
+    every device. Errors as ``ShardedKVPages.create``."""
+    cache = PagedKVCache.create(config, ShardedKVPages.create(config, sharding))
+    pool, table = jax.device_put((cache.pool, cache.table), sharding.replicated)
+    return dataclasses.replace(cache, pool=pool, table=table)
+
+
 def _attend_on_rank(
     pages: KVPages,
     layer: jax.Array,
@@ -248,8 +257,7 @@ def _attend_on_rank(
         return out, lse, *_arrays(pages)
     if combine is not Combine.ALL_REDUCE:
         q = lax.all_gather(q, axis, axis=1, tiled=True)
-    if sinks is not None:  # on one rank: its share alone counts them
-        sinks = jnp.where(share.rank == 0, sinks, -jnp.inf)
+    sinks = _sinks_of_rank(sinks, share.rank)
     out, lse, pages = pages.attend_share(layer, q, k, v, meta, sinks=sinks, context_parallel=share, **options)
     if combine is Combine.ALL_REDUCE:
         out, lse = all_reduce_states(out, lse, axis, share.size, sharding.strategy)
@@ -258,6 +266,11 @@ def _attend_on_rank(
     else:
         out, lse = reduce_scatter_states(out, lse, axis)
     return out, lse, *_arrays(pages)
+
+
+def _sinks_of_rank(sinks: jax.Array | None, rank: ArrayLike) -> jax.Array | None:
+    """On rank 0 alone: a sink must be counted in one share only."""
+    return None if sinks is None else jnp.where(rank == 0, sinks, -jnp.inf)
 
 
 def _share(sharding: CacheSharding) -> ContextParallel | None:

@@ -158,15 +158,11 @@ def check_same_call(told: Told, **arguments: Any) -> None:
     Raises:
         InvalidArgumentError: they were not; it names the argument.
     """
-    digests = {
-        name: np.frombuffer(hashlib.sha256(repr(x).encode()).digest(), np.uint8) for name, x in arguments.items()
-    }
+    digests = {name: hashlib.sha256(repr(value).encode()).digest() for name, value in arguments.items()}
     try:
-        told.check_alike("arguments", **digests)
+        told.check_alike("arguments", **{name: np.frombuffer(digest, np.uint8) for name, digest in digests.items()})
     except errors.ReplicaDriftError as error:
-        raise InvalidArgumentError(
-            f"generate: got other arguments on other processes, want the same: {error}"
-        ) from None
+        raise InvalidArgumentError(f"got other arguments on other processes, want the same: {error}") from None
 
 
 def _packed_arguments(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pyagent_kv_jax import DType, KVCacheConfig, PagedKVCache
-from pyagent_kv_jax.distributed import CacheSharding, ShardedKVPages
+from pyagent_kv_jax.distributed import CacheSharding, ShardedKVPages, sharded_cache
 from tests.pallas_kernels import numpy_reference
 
 LAYERS, ROWS, TOKENS, DIM, BLOCKS = 2, 6, 64, 8, 20
@@ -72,9 +72,10 @@ def random_step(rng: np.random.Generator, q_heads: int, kv_heads: int) -> list[n
 
 def empty_cache(config: KVCacheConfig, sharding: CacheSharding) -> PagedKVCache:
     """With NaN in every slot: what nobody wrote must not be read."""
-    pages = ShardedKVPages.create(config, sharding)
-    poisoned = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), (pages.k_pages, pages.v_pages))
-    return PagedKVCache.create(config, dataclasses.replace(pages, k_pages=poisoned[0], v_pages=poisoned[1]))
+    cache = sharded_cache(config, sharding)
+    poisoned = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), (cache.pages.k_pages, cache.pages.v_pages))
+    pages = dataclasses.replace(cache.pages, k_pages=poisoned[0], v_pages=poisoned[1])
+    return dataclasses.replace(cache, pages=pages)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames=("num_tokens", "options"))

@@ -1,4 +1,4 @@
-"""One of the processes of ``test_several_hosts``: ``python -m tests.serving.generate_on_hosts PORT INDEX COUNT CASE``."""
+"""A process of ``test_several_hosts``: ``python -m tests.serving.generate_on_hosts PORT INDEX COUNT CASE``."""
 
 from __future__ import annotations
 

@@ -1,0 +1,98 @@
+"""One side of a handoff in a process of its own, for tests and ``scripts/kill_handoff.py``.
+
+    python -m tests.serving.handoff_process prefill TOKEN            prints its address and serves
+    python -m tests.serving.handoff_process decode TOKEN ADDRESS     prints "ready" and asks for prompts, one after another
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+
+from pyagent_kv_jax import KVCacheManager
+from pyagent_kv_jax.distributed.handoff.control_channel import Timeouts
+from pyagent_kv_jax.serving.engine import Engine, EngineConfig
+from pyagent_kv_jax.serving.handoff import DecodeInstance, LoadOptions, PrefillServer, RemoteLink
+from pyagent_kv_jax.serving.sampling import SamplingParams
+from tests.serving.serving_models import CONFIG, VOCAB, small_model
+
+SIZES = EngineConfig(max_num_seqs=4, token_budget=32)
+TIMEOUTS = Timeouts(heartbeat=0.5, peer_timeout=5.0, connect=60.0)
+OPTIONS = LoadOptions(seconds=60.0, chunk_bytes=4096, window=2)  # a block or two at a time: many moments
+ANSWER = SamplingParams(max_tokens=4, ignore_eos=True)
+NAME, TOKEN = "small", "a token for tests alone"
+NUM_BLOCKS = 48
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+def make_engine() -> Engine:
+    cache = CONFIG.kv_cache_config(num_blocks=NUM_BLOCKS, block_size=8, max_num_reqs=8, max_model_len=96)
+    return Engine(small_model(), KVCacheManager(cache), SIZES)
+
+
+def new_prompts(rng: np.random.Generator, count: int = 3) -> list[list[int]]:
+    return [rng.integers(0, VOCAB - 1, int(length)).tolist() for length in rng.integers(30, 80, count)]
+
+
+def connected(engine: Engine, address: str, token: str = TOKEN, **options: object) -> DecodeInstance:
+    link = RemoteLink(address, token, engine, timeouts=TIMEOUTS)
+    return DecodeInstance(engine, link, NAME, **{"options": OPTIONS, **options})
+
+
+@contextlib.contextmanager
+def process(*arguments: str, cache_dir: str | os.PathLike | None = None) -> Iterator[subprocess.Popen]:
+    """A child, killed at the end; what it compiles is kept in ``cache_dir`` for the next one."""
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    if cache_dir is not None:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": str(cache_dir),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tests.serving.handoff_process", *arguments],
+        cwd=_ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+def first_line(child: subprocess.Popen) -> str:
+    assert child.stdout is not None
+    line = child.stdout.readline().strip()
+    assert line, "the child has ended"
+    return line
+
+
+def main() -> None:
+    # Whoever started it is gone once stdin ends; then it must not live on.
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+    engine = make_engine()
+    if sys.argv[1] == "prefill":
+        server = PrefillServer(engine, NAME, sys.argv[2], timeouts=TIMEOUTS)
+        print(server.address, flush=True)
+        server.serve()
+    else:
+        decode = connected(engine, sys.argv[3], sys.argv[2])
+        rng = np.random.default_rng(0)
+        print("ready", flush=True)
+        while True:
+            decode.generate(new_prompts(rng), ANSWER)
+
+
+if __name__ == "__main__":
+    main()
