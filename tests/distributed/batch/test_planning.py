@@ -195,19 +195,19 @@ def test_runs_of_what_was_not_planned_are_refused() -> None:
 def test_bytes_of_a_step_by_hand() -> None:
     rows, tokens, heads, width = 4, 48, 8 // 2, 96 // 16
     common = 4 * (rows * (width + 3) + 2 * tokens) + tokens * (2 * (2 * DIM * 4 + 4) + 2 * DIM * 4)
-    states = tokens * heads
+    states, kernel = tokens * heads, 2 * DIM * 4 + 4
     shares = states * (DIM * 4 + 4)
     forms = {
-        Combine.ALL_TO_ALL: common + states * DIM * 4 + 3 * shares,
-        Combine.REDUCE_SCATTER: common + states * DIM * 4 + shares + states * DIM * 4 + 2 * states * 4,
-        # a rank has all heads of its tensor rank: two more of q, out and LSE
-        Combine.ALL_REDUCE: common + tokens * 2 * (2 * DIM * 4 + 4) + 3 * shares,
+        Combine.ALL_TO_ALL: common + shares + states * (DIM * 4 + kernel),
+        Combine.REDUCE_SCATTER: common + shares + states * (DIM * 4 + kernel),
+        # a rank has all heads of its tensor rank: two more of q, out and LSE; sent and received outweigh the kernel's
+        Combine.ALL_REDUCE: common + tokens * 2 * (2 * DIM * 4 + 4) + shares + 2 * shares,
     }
     for combine, want in forms.items():
         config = dataclasses.replace(CONFIG, sharding=dataclasses.replace(SHARDING, combine=combine))
         assert step_bytes(config, rows, tokens, has_context=True) == want, combine
-    scratch = (tokens // 8 + rows) * 1 * 8 * 2 * DIM * 4
-    assert step_bytes(CONFIG, rows, tokens, has_context=False) == common + scratch
+    scratch = (tokens // 8 + rows) * 1 * 8 * 2 * DIM * 4 + 4 * (rows * tokens // 8 + 2 * tokens)
+    assert step_bytes(CONFIG, rows, tokens, has_context=False) == common + tokens * 2 * kernel + scratch
 
 
 def test_what_is_ready_to_be_handed_on() -> None:

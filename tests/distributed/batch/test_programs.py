@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import chex
@@ -18,6 +19,7 @@ from pyagent_kv_jax.distributed.batch import (
     ExecutionPlan,
     attend_planned,
     collectives_of,
+    step_bytes,
 )
 from pyagent_kv_jax.distributed.batch.communication import received_bytes
 from tests.distributed.attention_on_mesh import DIM, ROWS, TOKENS
@@ -56,6 +58,14 @@ def plan_of(config: DCPPlanConfig, contexts: Any = (0,) * ROWS) -> ExecutionPlan
     return BatchDCPPrefillWrapper(config).plan(requests_for([9, 3, 1, 0, 20, 5], contexts))
 
 
+@cache
+def compiled_form(form: str, has_context: bool, num_tokens: int = TOKENS) -> tuple[ExecutionPlan, jax.stages.Compiled]:
+    contexts = (0, 0, 0, 0, 1, 0) if has_context else (0,) * ROWS
+    plan = plan_of(config_of(form, token_buckets=(num_tokens,)), contexts)
+    assert plan.has_context is has_context
+    return plan, compiled(plan)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_collectives_are_those_counted_by_hand(form: str) -> None:
     states = TOKENS * Q_HEADS // 2
@@ -75,18 +85,14 @@ def test_collectives_are_those_counted_by_hand(form: str) -> None:
     config = config_of(form)
     counted = collectives_of(config, TOKENS, has_context=True)
     assert sorted((one.op, one.result_bytes) for one in counted) == sorted(want)
-    plan = plan_of(config, contexts=(0, 0, 0, 0, 1, 0))
-    assert plan.has_context
-    assert collectives(compiled(plan)) == sorted(want)
+    assert collectives(compiled_form(form, has_context=True)[1]) == sorted(want)
 
 
 @pytest.mark.parametrize("form", ["all to all", "ring"])
 def test_without_context_nothing_is_exchanged(form: str) -> None:
-    config = config_of(form)
-    plan = plan_of(config)
-    assert not plan.has_context
-    assert collectives_of(config, TOKENS, has_context=False) == ()
-    assert collectives(compiled(plan)) == []
+    plan, program = compiled_form(form, has_context=False)
+    assert collectives_of(plan.config, TOKENS, has_context=False) == ()
+    assert collectives(program) == []
 
 
 def test_what_a_rank_receives_counted_by_hand() -> None:
@@ -102,6 +108,20 @@ def test_what_a_rank_receives_counted_by_hand() -> None:
     for form, count in want.items():
         assert received_bytes(config_of(form), TOKENS, has_context=True) == count, form
     assert received_bytes(config_of("tree", dcp=1), TOKENS, has_context=True) == 0
+
+
+@pytest.mark.parametrize(("form", "has_context"), [("all to all", True), ("ring", False)])
+def test_a_program_needs_no_more_memory_than_counted(form: str, has_context: bool) -> None:
+    needed, counted = [], []
+    for num_tokens in (8 * TOKENS, 16 * TOKENS):  # tiles of the kernel are of full size
+        plan, program = compiled_form(form, has_context, num_tokens)
+        memory = program.memory_analysis()
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes
+        needed.append(memory.temp_size_in_bytes + results + arguments)
+        counted.append(step_bytes(plan.config, plan.num_rows, num_tokens, has_context=has_context))
+    grown = counted[1] - counted[0]
+    assert grown / 2 < needed[1] - needed[0] <= grown
 
 
 @pytest.mark.parametrize("contexts", [(0,) * ROWS, (3,) * ROWS], ids=["self", "context"])

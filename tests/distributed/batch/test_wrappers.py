@@ -35,8 +35,6 @@ CASES = {
     "1x8": (1, 8, 1, ALL_TO_ALL, NCCL, 8, 1),
     "3x2": (3, 2, 16, ALL_TO_ALL, NCCL, 24, 8),
     "3x2 all reduced": (3, 2, 4, REDUCE, RECURSIVE, 10, 1),
-    "2x2": (2, 2, 1, REDUCE, TREE, 6, 2),
-    "5x1": (5, 1, 8, REDUCE, NCCL, 4, 1),
 }
 
 
@@ -71,7 +69,7 @@ def test_all_kinds_of_batches(case: tuple[int, int, int, Combine, AllReduceStrat
 
 @pytest.mark.parametrize("combine", [ALL_TO_ALL, REDUCE])
 def test_windows_caps_scales_and_sinks(combine: Combine) -> None:
-    sharding = CacheSharding(cpu_mesh(dcp=2, tp=2), "dcp", "tp", 4, combine)
+    sharding = CacheSharding(cpu_mesh(dcp=2, tp=2), "dcp", "tp", 4, combine, TREE)
     wrapper = BatchDCPPrefillWrapper(config := plan_config(sharding, 8, 2))
     steps, sinks = Steps.start(config), np.linspace(-2, 3, 8).astype(np.float32)
     options: dict[str, Any] = {"logits_soft_cap": 1.5, "scale": 0.7, "sinks": sinks}
@@ -117,7 +115,7 @@ def test_padding_is_neither_written_nor_seen() -> None:
 
 
 def test_plans_within_a_jit_of_ones_own() -> None:
-    sharding = CacheSharding(cpu_mesh(dcp=2, tp=2), "dcp", "tp", 4, SCATTER)
+    sharding = CacheSharding(cpu_mesh(dcp=2, tp=2), "dcp", "tp", 8, REDUCE, NCCL)
     config = plan_config(sharding, 8, 2)
     wrapper, steps = BatchDCPPrefillWrapper(config), Steps.start(config)
     plan = wrapper.plan(steps.requests(STEPS["prefill"]))
