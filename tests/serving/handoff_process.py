@@ -1,12 +1,13 @@
 """One side of a handoff in a process of its own, for tests and ``scripts/kill_handoff.py``.
 
-    python -m tests.serving.handoff_process prefill TOKEN            prints its address and serves
-    python -m tests.serving.handoff_process decode TOKEN ADDRESS     prints "ready" and asks for prompts, one after another
+python -m tests.serving.handoff_process prefill TOKEN           prints its address and serves
+python -m tests.serving.handoff_process decode TOKEN ADDRESS    prints "ready" and asks for prompts without end
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import subprocess
@@ -21,6 +22,7 @@ from pyagent_kv_jax.distributed.handoff.control_channel import Timeouts
 from pyagent_kv_jax.serving.engine import Engine, EngineConfig
 from pyagent_kv_jax.serving.handoff import DecodeInstance, LoadOptions, PrefillServer, RemoteLink
 from pyagent_kv_jax.serving.sampling import SamplingParams
+from pyagent_kv_jax.serving.scheduler import SchedulerStats
 from tests.serving.serving_models import CONFIG, VOCAB, small_model
 
 SIZES = EngineConfig(max_num_seqs=4, token_budget=32)
@@ -35,6 +37,18 @@ _ROOT = pathlib.Path(__file__).parents[2]
 def make_engine() -> Engine:
     cache = CONFIG.kv_cache_config(num_blocks=NUM_BLOCKS, block_size=8, max_num_reqs=8, max_model_len=96)
     return Engine(small_model(), KVCacheManager(cache), SIZES)
+
+
+_shared = functools.cache(lambda side: make_engine())
+
+
+def shared_engine(side: str) -> Engine:
+    """One a side and process, compiled once; its cache is empty and its counts begin anew."""
+    engine: Engine = _shared(side)
+    assert not engine.has_unfinished
+    engine.backend.reset_prefix_cache()
+    engine.scheduler.stats = SchedulerStats()
+    return engine
 
 
 def new_prompts(rng: np.random.Generator, count: int = 3) -> list[list[int]]:

@@ -103,7 +103,7 @@ class BulkEndpoint:
 class PulledBlocks:
     """Blocks on their way from another process."""
 
-    def __init__(self, endpoint: BulkEndpoint, address: str, arrays: list[jax.Array]) -> None:
+    def __init__(self, endpoint: BulkEndpoint, address: str, arrays: list[Any]) -> None:
         self._endpoint = endpoint
         self._address = address
         self._arrays = arrays

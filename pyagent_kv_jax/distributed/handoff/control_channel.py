@@ -127,7 +127,7 @@ class ControlServer:
 
     def close(self) -> None:
         """Say goodbye to all, and stop."""
-        self._thread.post(lambda: [self._send(name, encoded({"kind": "bye"})) for name in self._peers] and None)
+        self._thread.post(self._say_goodbye)
         self._thread.close()
 
     # -- in the socket's thread --------------------------------------------------------------------------------
@@ -136,6 +136,10 @@ class ControlServer:
         peer = self._peers.get(name)
         if peer is not None and peer.is_known:
             self._thread.send([name, peer.seals.seal(body)])
+
+    def _say_goodbye(self) -> None:
+        for name in self._peers:
+            self._send(name, encoded({"kind": "bye"}))
 
     def _receive(self, parts: list[bytes]) -> None:
         name, frame = parts[0], parts[-1]

@@ -35,7 +35,9 @@ def token_bytes(token: str | bytes) -> bytes:
     """
     data = token.encode() if isinstance(token, str) else bytes(token)
     if len(data) < MIN_TOKEN_BYTES:
-        raise ConfigError(f"token: got {len(data)} bytes, want at least {MIN_TOKEN_BYTES}: secrets.token_hex() makes one")
+        raise ConfigError(
+            f"token: got {len(data)} bytes, want at least {MIN_TOKEN_BYTES}: secrets.token_hex() makes one"
+        )
     return data
 
 

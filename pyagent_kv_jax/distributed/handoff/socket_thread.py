@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
@@ -91,10 +92,8 @@ class SocketThread:
             self._wake.close()
 
     def _notify(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # full: it is awake anyway; closed: there is nobody to wake
             self._wake.send(b"\0")
-        except OSError:  # full: it is awake anyway; closed: there is nobody to wake
-            pass
 
     def _run(self) -> None:
         zmq = zeromq()
@@ -113,7 +112,7 @@ class SocketThread:
                 except zmq.Again:
                     break
                 self._receive(parts)
-            if self._monitor in ready and self._hung_up is not None:
+            if self._monitor is not None and self._hung_up is not None and self._monitor in ready:
                 self._monitor.recv_multipart()
                 self._hung_up()
             self._tick()

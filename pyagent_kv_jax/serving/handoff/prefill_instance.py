@@ -164,6 +164,16 @@ class PrefillInstance:
     # -- its own work ------------------------------------------------------------------------------------------
 
     @property
+    def num_under_way(self) -> int:
+        """Prompts that wait or are computed."""
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def num_staged(self) -> int:
+        """Parts that were read out, and of which nobody has said that he got them."""
+        return sum(map(len, self._staged.values()))
+
+    @property
     def has_work(self) -> bool:
         """Whether ``step`` would compute anything."""
         return (self.engine.has_unfinished and not self._lacks_blocks) or bool(self._waiting and self._has_room())
@@ -279,7 +289,8 @@ def manager_of(engine: Engine) -> tuple[KVCacheManager, int]:
 def device_of(engine: Engine) -> jax.Device:
     """The device that blocks leave from and arrive at; of a mesh, its first one."""
     manager, _ = manager_of(engine)
-    return sorted(manager.pages.k_pages.sharding.device_set, key=lambda device: device.id)[0]
+    devices: list[Any] = list(manager.pages.k_pages.sharding.device_set)
+    return min(devices, key=lambda device: device.id)
 
 
 def identity_of(manager: KVCacheManager, model_name: str) -> InstanceIdentity:

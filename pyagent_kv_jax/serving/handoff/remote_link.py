@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from pyagent_kv_jax.errors import TransferError
 from pyagent_kv_jax.serving.engine import Engine
 from pyagent_kv_jax.serving.handoff.prefill_instance import PrefillInstance, device_of
 from pyagent_kv_jax.serving.handoff.prefill_link import PendingBlocks
+
+_QUICKLY = 2.0  # seconds that an attempt to connect anew may take
 
 
 class PrefillServer:
@@ -53,7 +56,7 @@ class PrefillServer:
                 it comes back.
 
         Raises:
-            ConfigError: pyzmq is not installed, a token that is too short, or an engine that ``PrefillInstance`` refuses.
+            ConfigError: pyzmq is not installed, a token that is too short, or as ``PrefillInstance``.
             TransferError: an address that cannot be listened at, or blocks that JAX cannot send here.
         """
         self._stage = BulkEndpoint(device_of(engine), host=host)
@@ -188,8 +191,9 @@ class RemoteLink:
 
     def _connect(self) -> None:
         assert self._identity is not None
+        timeouts = dataclasses.replace(self._timeouts, connect=min(self._timeouts.connect, _QUICKLY))
         try:
-            client = ControlClient(self._address, self._token, self._identity, self._timeouts)
+            client = ControlClient(self._address, self._token, self._identity, timeouts)
         except TransferError:
             return  # at the next request
         if self._closed or self._client is not None:

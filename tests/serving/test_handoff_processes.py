@@ -1,0 +1,65 @@
+"""Handoff between real processes on loopback: equal tokens, refusals, and either side killed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pyagent_kv_jax.errors import TransferError
+from pyagent_kv_jax.serving.generate import serve
+from pyagent_kv_jax.serving.handoff import DecodeInstance, RemoteLink
+from tests.serving.handoff_kills import DEADLINE, SLACK, kill_decode, kill_prefill
+from tests.serving.handoff_process import (
+    ANSWER,
+    NUM_BLOCKS,
+    TIMEOUTS,
+    TOKEN,
+    connected,
+    first_line,
+    new_prompts,
+    process,
+    shared_engine,
+)
+
+pytest.importorskip("zmq")
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    """What the children compile, they compile once."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+def test_two_processes_answer_like_one(cache_dir):
+    engine, alone = shared_engine("decode"), shared_engine("alone")
+    prompts = [*new_prompts(np.random.default_rng(0), 5), [1, 2, 3]]
+    with process("prefill", TOKEN, cache_dir=cache_dir) as child:
+        address = first_line(child)
+        with pytest.raises(TransferError, match="different tokens"):
+            connected(engine, address, "some other token, as long")
+        with pytest.raises(TransferError, match="model: got 'large', want 'small'"):
+            DecodeInstance(engine, RemoteLink(address, TOKEN, engine, timeouts=TIMEOUTS), "large")
+        decode = connected(engine, address, on_failure="fail")
+        done = decode.generate(prompts, ANSWER)
+        assert [entry.transfer_error for entry in done] == [None] * 6
+        assert [entry.num_fetched for entry in done] == [(len(prompt) - 1) // 8 for prompt in prompts]
+        (again,) = decode.generate([prompts[0] + [5] * 20], ANSWER)
+        shared = len(prompts[0]) // 8
+        assert again.num_present in (shared, shared - (len(prompts[0]) % 8 == 0))
+        assert again.num_fetched == (len(prompts[0]) + 19) // 8 - again.num_present
+        decode.close()
+        engine.backend.check_invariants()
+        assert engine.backend.get_num_free_blocks() == NUM_BLOCKS
+        expected = [result.token_ids for result in serve(alone, [*prompts, prompts[0] + [5] * 20], ANSWER)]
+        assert [entry.token_ids for entry in [*done, again]] == expected
+
+
+def test_a_killed_prefill_process(cache_dir):
+    for kill in kill_prefill(2, 1, cache_dir):
+        assert kill.lost > 0
+        assert kill.noticed < DEADLINE + SLACK
+
+
+def test_a_killed_decode_process(cache_dir):
+    (kill,) = kill_decode(1, 2, cache_dir)
+    assert kill.noticed < DEADLINE + SLACK
