@@ -109,8 +109,9 @@ class MeshBatchExecutor(BatchExecutor):
             ConfigError: a plan or pages of another config.
             InvalidArgumentError: no such layer or option. Nothing has changed.
         """
-        layer = self._check_run(plan, pages, layer, {"q": q, "k": k, "v": v})
-        arrays, static = _split_options(options)
+        self._check_plan(plan, pages, layer)
+        self._check_arrays({"q": q, "k": k, "v": v}, plan.num_tokens, exact=True)
+        arrays, static = self._split_options(options)
         q, (k, v) = placed(q, self.config.q_sharding), (placed(x, self.config.kv_sharding) for x in (k, v))
         before = self._programs.num_traces
         output = self._programs.run(
@@ -153,7 +154,7 @@ class MeshBatchExecutor(BatchExecutor):
         """``run`` of each of ``plans``, whose tokens stand one after another in q, k and v; as ``process_batch``."""
         tokens = sum(plan.batch.num_tokens for plan in plans)
         self._check_arrays({"q": q, "k": k, "v": v}, tokens, exact=False)
-        _split_options(options)
+        self._split_options(options)
         for plan in plans:
             self._check_plan(plan, pages, layer)
         count = np.shape(q)[0]
@@ -185,11 +186,6 @@ class MeshBatchExecutor(BatchExecutor):
         out = jnp.zeros((*shape, config.cache.value_head_dim), config.activation_dtype.jax_dtype, device=place)
         return out, jnp.full(shape, -jnp.inf, jnp.float32, device=place)
 
-    def _check_run(self, plan: ExecutionPlan, pages: ShardedKVPages, layer: int, arrays: dict[str, Any]) -> int:
-        self._check_plan(plan, pages, layer)
-        self._check_arrays(arrays, plan.num_tokens, exact=True)
-        return static_count("layer", layer)
-
     def _check_plan(self, plan: ExecutionPlan, pages: ShardedKVPages, layer: int) -> None:
         if plan.config != self.config:
             raise ConfigError(f"plan: got one of {plan.config}, want one of this executor's {self.config}")
@@ -220,13 +216,17 @@ class MeshBatchExecutor(BatchExecutor):
                     f"{widths[name][0]}, {widths[name][1]}]{'' if exact else ', as many as q'}"
                 )
 
-
-def _split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of attention that are arrays, and those that are part of the program; None is left out."""
-    given = {name: value for name, value in options.items() if value is not None}
-    known = (*_TRACED_OPTIONS, *_STATIC_OPTIONS, "sinks")
-    if unknown := sorted(set(given) - set(known)):
-        raise InvalidArgumentError(f"options: got {unknown}, want some of {sorted(known)}")
-    arrays = {name: np.int32(static_count(name, given[name], 1)) for name in _TRACED_OPTIONS if name in given}
-    static = {name: float(given[name]) for name in _STATIC_OPTIONS if name in given}
-    return arrays | {name: given[name] for name in ("sinks",) if name in given}, static
+    def _split_options(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options of attention that are arrays, and those that are part of the program; None is left out."""
+        given = {name: value for name, value in options.items() if value is not None}
+        known = (*_TRACED_OPTIONS, *_STATIC_OPTIONS, "sinks")
+        if unknown := sorted(set(given) - set(known)):
+            raise InvalidArgumentError(f"options: got {unknown}, want some of {sorted(known)}")
+        arrays: dict[str, Any] = {
+            name: np.int32(static_count(name, given[name], 1)) for name in _TRACED_OPTIONS if name in given
+        }
+        if (sinks := given.get("sinks")) is not None:
+            if np.shape(sinks) != (self.config.num_q_heads,):
+                raise ShapeMismatchError(f"sinks: got shape {np.shape(sinks)}, want ({self.config.num_q_heads},)")
+            arrays["sinks"] = sinks
+        return arrays, {name: float(given[name]) for name in _STATIC_OPTIONS if name in given}

@@ -101,24 +101,26 @@ class BatchMetadata:
         """Whether token i of the batch is that of request i."""
         return bool((self.query_lens == 1).all())
 
-    def check_writers(self, block_size: int) -> None:
+    def check_writers(self, config: KVCacheConfig) -> None:
         """Raise ``InvalidBlockError`` where a request writes into a block that another one holds tokens in.
 
         Blocks that nobody writes may be shared.
         """
         columns = np.arange(self.block_tables.shape[1])
-        first = (self.context_lens // block_size)[:, None]
-        end = -(-(self.context_lens + self.query_lens) // block_size)[:, None]
-        rows, at = np.nonzero((self.query_lens > 0)[:, None] & (columns < end))
-        blocks, written = self.block_tables[rows, at], at >= first[rows, 0]
-        order = np.lexsort((~written, blocks))  # of each block, those that write come first
-        rows, blocks, written = rows[order], blocks[order], written[order]
-        clashes = np.flatnonzero((blocks[1:] == blocks[:-1]) & written[:-1])
+        first = (self.context_lens // config.block_size)[:, None]
+        end = -(-(self.context_lens + self.query_lens) // config.block_size)[:, None]
+        held = (self.query_lens > 0)[:, None] & (columns < end)
+        rows, at = np.nonzero(held & (columns >= first))
+        writers = np.zeros(config.pool_blocks, np.int32)  # request + 1; memory that is not touched costs nothing
+        writers[self.block_tables[rows, at]] = rows + 1
+        rows, at = np.nonzero(held)
+        writer = writers[self.block_tables[rows, at]]
+        clashes = np.flatnonzero((writer > 0) & (writer != rows + 1))
         if clashes.size:
-            one, other = rows[clashes[0] : clashes[0] + 2]
+            row, column = rows[clashes[0]], at[clashes[0]]
             raise InvalidBlockError(
-                f"block {blocks[clashes[0]]}: got request {one} of the batch that writes into it and request {other} "
-                f"that has tokens in it too, want a copy for each"
+                f"block {self.block_tables[row, column]}: got request {writer[clashes[0]] - 1} of the batch that "
+                f"writes into it and request {row} that has tokens in it too, want a copy for each"
             )
 
 

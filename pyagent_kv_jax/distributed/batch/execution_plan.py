@@ -72,7 +72,7 @@ def make_plan(config: DCPPlanConfig, batch: BatchMetadata, *, skip_context: bool
         InvalidBlockError: a block that one request writes and another one holds too.
     """
     check_budgets(config, batch)
-    batch.check_writers(config.cache.block_size)
+    batch.check_writers(config.cache)
     one_each = batch.is_one_token_each
     num_rows, num_tokens = config.padded_sizes(batch.num_requests, batch.num_tokens, one_each)
     rows = np.full(num_tokens, -1, np.int32)  # the request of each token

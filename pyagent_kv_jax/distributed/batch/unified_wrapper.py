@@ -38,7 +38,7 @@ class UnifiedBatchWrapper:
                 ``MeshBatchExecutor.plan``; nothing is planned then.
         """
         whole = BatchMetadata.from_requests(requests, self.config.cache)
-        whole.check_writers(self.config.cache.block_size)  # across batches too
+        whole.check_writers(self.config.cache)  # across batches too
         return tuple(self._executor.plan(batch) for batch in split_requests(requests, self.config))
 
     def run(

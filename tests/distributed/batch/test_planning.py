@@ -87,7 +87,11 @@ BAD_BATCHES: dict[str, tuple[list[BatchRequest], type[KVCacheError], str]] = {
     "too long": ([BatchRequest("a", range(7), 1, 96)], RequestTooLongError, "got 97 tokens, want at most 96"),
     "no such block": ([BatchRequest("a", [BLOCKS], 1)], InvalidBlockError, f"got block {BLOCKS}, want ids below"),
     "wide": ([BatchRequest("a", range(7), 1)], InvalidBlockError, "got 7 blocks, want at most 6"),
-    "written twice": ([ONE, BatchRequest("b", [1], 1)], InvalidBlockError, "block 1: .*request 0 .*request 1 "),
+    "written twice": (
+        [ONE, BatchRequest("b", [1], 1)],
+        InvalidBlockError,
+        "block 1: got request 1 .* and request 0 that has",
+    ),
     "written and read": ([ONE, BatchRequest("b", [1, 0], 1, 16)], InvalidBlockError, "block 1: .*want a copy"),
     "rows": ([BatchRequest(f"{i}", [i], 1) for i in range(5)], TooManyRequestsError, "got 5 requests, want at most 4"),
     "tokens": ([BatchRequest("a", range(4), 49)], InvalidArgumentError, "got 49 tokens, want at most 48"),
@@ -179,6 +183,7 @@ def test_runs_of_what_was_not_planned_are_refused() -> None:
         ((plan, dataclasses.replace(pages, sharding=elsewhere), 0, q, k, v), {}, ConfigError, "pages: got sharding"),
         ((plan, pages, LAYERS, q, k, v), {}, InvalidArgumentError, f"layer: got {LAYERS}, want an integer below"),
         ((plan, pages, 0, q, k, v), {"window": 3}, InvalidArgumentError, r"options: got \['window'\]"),
+        ((plan, pages, 0, q, k, v), {"sinks": np.ones(2)}, ShapeMismatchError, r"sinks: got shape \(2,\), want \(8,\)"),
         ((plan, pages, 0, q, k, v), {"sliding_window": 0}, InvalidArgumentError, "sliding_window: got 0"),
     ]
     for arguments, options, error, message in bad:
