@@ -61,7 +61,8 @@ class OwnedKVPages:
         """Empty pages.
 
         Raises:
-            ConfigError: an axis that the mesh lacks or that is named twice, blocks or heads that it does not divide.
+            ConfigError: an axis that the mesh lacks or that is named twice, blocks or heads that it does not divide,
+                several layer groups, kernel blocks that are not whole blocks.
         """
         for name in (axis, *((tensor_axis,) if tensor_axis is not None else ())):
             if name not in mesh.axis_names or axis == tensor_axis:
@@ -73,8 +74,9 @@ class OwnedKVPages:
         ):
             if got % size:
                 raise ConfigError(f"{what}: got {got} over {size} devices, want a multiple of {size}")
-        if config.num_kernel_blocks is not None:
-            raise ConfigError(f"num_kernel_blocks: got {config.num_kernel_blocks}, want None for owned blocks")
+        if config.num_kernel_blocks is not None or len(config.groups) > 1:
+            given = f"num_kernel_blocks {config.num_kernel_blocks}, {len(config.groups)} layer groups"
+            raise ConfigError(f"config: got {given}, want None and one group for owned blocks")
 
         def empty() -> tuple[jax.Array, ...]:
             return tuple(jnp.zeros(shape, config.storage_dtype) for shape in page_shapes(config))

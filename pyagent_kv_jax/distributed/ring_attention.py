@@ -69,7 +69,8 @@ def ring_attention(
         q_heads]), natural log. Computed in float32. Padding: 0 and -inf.
 
     Raises:
-        InvalidArgumentError: an axis that the mesh lacks or that is named twice, lengths outside 0 to seq.
+        InvalidArgumentError: an axis that the mesh lacks or that is named twice, lengths outside 0 to seq, a window or
+            chunk below 1, a cap that is not above 0.
         ShapeMismatchError: shapes that do not fit each other, or the axes.
     """
     sizes = _axis_sizes(mesh, axis, tensor_axis, batch_axis)
@@ -80,13 +81,13 @@ def ring_attention(
             raise ShapeMismatchError(f"{what}: got {got}, want a multiple of {sizes[name]}, the ranks of {name!r}")
     if kv_lens is not None:
         kv_lens = _checked_lens(kv_lens, *q.shape[:2])
-    given = {"scale": scale, "sliding_window": sliding_window, "chunk_size": chunk_size, "soft_cap": logits_soft_cap}
-    numbers = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
+    given = {"scale": scale, "sliding_window": sliding_window, "chunk_size": chunk_size}
+    given["logits_soft_cap"] = logits_soft_cap
+    numbers = {name: _checked_number(name, value) for name, value in given.items() if value is not None}
 
     def on_rank(q: Any, k: Any, v: Any, kv_lens: Any, sinks: Any, numbers: Any) -> Any:
-        options = {"logits_soft_cap" if name == "soft_cap" else name: value for name, value in numbers.items()}
         return ring_attention_on_rank(
-            q, k, v, axis_name=axis, axis_size=sizes[axis], kv_lens=kv_lens, sinks=sinks, **options
+            q, k, v, axis_name=axis, axis_size=sizes[axis], kv_lens=kv_lens, sinks=sinks, **numbers
         )
 
     tokens, heads = P(batch_axis, axis, tensor_axis), P(tensor_axis)
@@ -188,6 +189,17 @@ def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | N
         raise ShapeMismatchError(f"v: got shape {list(v.shape)}, want [{', '.join(map(str, k.shape[:3]))}, v_head_dim]")
     if sinks is not None and sinks.shape != q.shape[2:3]:
         raise ShapeMismatchError(f"sinks: got shape {list(sinks.shape)}, want [{q.shape[2]}], one a query head")
+
+
+def _checked_number(name: str, value: ArrayLike) -> jax.Array:
+    whole = name in ("sliding_window", "chunk_size")
+    array: Any = value if isinstance(value, jax.Array) else np.asarray(value)
+    if array.ndim or (whole and not jnp.issubdtype(array.dtype, jnp.integer)):
+        want = "one integer" if whole else "one number"
+        raise InvalidArgumentError(f"{name}: got {array.dtype}{list(array.shape)}, want {want}")
+    if is_concrete(array) and ((whole and array < 1) or (name == "logits_soft_cap" and not array > 0)):
+        raise InvalidArgumentError(f"{name}: got {array}, want {'at least 1' if whole else 'more than 0'}")
+    return jnp.asarray(array, jnp.int32 if whole else jnp.float32)
 
 
 def _checked_lens(kv_lens: ArrayLike, batch: int, seq: int) -> jax.Array:

@@ -116,7 +116,7 @@ def test_heads_and_sequences_on_other_axes_and_half_precision() -> None:
     np.testing.assert_allclose(np.asarray(got[1]), want[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("size", [1, 3])
 def test_only_keys_and_values_travel(size: int) -> None:
     """Each of K and V is sent C - 1 times, as the rank's own part is; nothing is gathered or reduced."""
     seq, mesh = 4 * size, mesh_of(ring=size)
@@ -185,6 +185,12 @@ def test_bad_input_is_refused() -> None:
         call(q, k, v, kv_lens=[1, 2])
     with pytest.raises(ShapeMismatchError, match=r"sinks: got shape \[3\], want \[4\]"):
         call(q, k, v, sinks=np.ones(3, np.float32))
+    with pytest.raises(InvalidArgumentError, match="sliding_window: got 0, want at least 1"):
+        call(q, k, v, sliding_window=0)
+    with pytest.raises(InvalidArgumentError, match=r"chunk_size: got float64\[\], want one integer"):
+        call(q, k, v, chunk_size=2.0)
+    with pytest.raises(InvalidArgumentError, match=r"logits_soft_cap: got -1\.0, want more than 0"):
+        call(q, k, v, logits_soft_cap=-1.0)
     inner = partial(ring_attention_on_rank, axis_name="tp", axis_size=2)
     with pytest.raises(InvalidArgumentError, match="axis_size: got 2, want 3, the size of axis 'tp'"):
         jax.eval_shape(jax.shard_map(inner, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False), q, k, v)
