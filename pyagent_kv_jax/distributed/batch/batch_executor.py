@@ -61,6 +61,8 @@ class MeshBatchExecutor(BatchExecutor):
     def __init__(self, config: DCPPlanConfig) -> None:
         self.config = config
         self._programs = compiled_attention(config)
+        self._places = config.q_sharding, config.kv_sharding  # worked out once: a layer's call is to be quick
+        self._received: dict[tuple[int, bool], int] = {}
         self._stats = BatchStats()
 
     def plan(self, requests: Sequence[BatchRequest]) -> ExecutionPlan:
@@ -112,7 +114,8 @@ class MeshBatchExecutor(BatchExecutor):
         self._check_plan(plan, pages, layer)
         self._check_arrays({"q": q, "k": k, "v": v}, plan.num_tokens, exact=True)
         arrays, static = self._split_options(options)
-        q, (k, v) = placed(q, self.config.q_sharding), (placed(x, self.config.kv_sharding) for x in (k, v))
+        q_place, kv_place = self._places
+        q, k, v = placed(q, q_place), placed(k, kv_place), placed(v, kv_place)
         before = self._programs.num_traces
         output = self._programs.run(
             pages, np.int32(layer), q, k, v, plan.meta, plan.own_tokens, arrays, tuple(static.items())
@@ -120,7 +123,7 @@ class MeshBatchExecutor(BatchExecutor):
         self._stats.num_runs += 1
         self._stats.num_compilations += self._programs.num_traces - before
         self._stats.num_layer_tokens += plan.batch.num_tokens
-        self._stats.bytes_exchanged += received_bytes(self.config, plan.num_tokens, has_context=plan.has_context)
+        self._stats.bytes_exchanged += self._bytes_received(plan)
         return output
 
     def process_batch(
@@ -134,6 +137,8 @@ class MeshBatchExecutor(BatchExecutor):
         **options: Any,
     ) -> BatchOutput:
         """``plan``, then ``run`` of arrays that are not padded: a step of one layer in one line.
+
+        Of a model of many layers, plan once and use ``run_ragged`` on each.
 
         Arguments and errors as theirs, but for q, k and v: [N, ...] with N no less than the batch's tokens. The result
         is [N, ...] too; past the batch's tokens, 0 and -inf. With N the same from call to call nothing is compiled
@@ -180,18 +185,29 @@ class MeshBatchExecutor(BatchExecutor):
         self._stats.num_padded_tokens += plan.num_tokens - batch.num_tokens
         return plan
 
+    def _bytes_received(self, plan: ExecutionPlan) -> int:
+        shape = (plan.num_tokens, plan.has_context)
+        if shape not in self._received:
+            self._received[shape] = received_bytes(self.config, plan.num_tokens, has_context=plan.has_context)
+        return self._received[shape]
+
     def _empty_output(self, num_tokens: int) -> tuple[jax.Array, jax.Array]:
         config = self.config
         shape, place = (num_tokens, config.num_q_heads), config.q_sharding
         out = jnp.zeros((*shape, config.cache.value_head_dim), config.activation_dtype.jax_dtype, device=place)
         return out, jnp.full(shape, -jnp.inf, jnp.float32, device=place)
 
-    def _check_plan(self, plan: ExecutionPlan, pages: ShardedKVPages, layer: int) -> None:
-        if plan.config != self.config:
+    def _check_own(self, plan: ExecutionPlan) -> None:
+        if plan.config is not self.config and plan.config != self.config:
             raise ConfigError(f"plan: got one of {plan.config}, want one of this executor's {self.config}")
-        for name in ("cache", "sharding"):
-            got = getattr(pages, "config" if name == "cache" else name)
-            if got != (want := getattr(self.config, name)):
+
+    def _check_plan(self, plan: ExecutionPlan, pages: ShardedKVPages, layer: int) -> None:
+        self._check_own(plan)
+        for name, got, want in (
+            ("config", pages.config, self.config.cache),
+            ("sharding", pages.sharding, self.config.sharding),
+        ):
+            if got is not want and got != want:
                 raise ConfigError(f"pages: got {name} {got}, want {want}")
         if not is_count(layer) or layer >= self.config.cache.num_layers:
             raise InvalidArgumentError(f"layer: got {layer!r}, want an integer below {self.config.cache.num_layers}")

@@ -101,6 +101,6 @@ def _most_tokens(request: BatchRequest, wanted: int, context: int, config: DCPPl
     least = min(wanted, 1)
     needed = BatchSize().with_request(least, context).bytes_needed(config)
     raise ConfigError(
-        f"memory_budget: got {config.memory_budget} bytes, want at least {needed} for {least} tokens of "
-        f"request {request.request_id!r}"
+        f"memory_budget: got {config.memory_budget} bytes, want at least {needed} for a batch of request "
+        f"{request.request_id!r} with {least} of its tokens"
     )

@@ -35,9 +35,12 @@ class BatchDCPDecodeWrapper(MeshBatchExecutor):
         Into the blocks that they were planned with; see ``num_steps_ahead``.
 
         Raises:
-            InvalidArgumentError: not so many tokens, or blocks missing for them.
+            ConfigError: a plan of another config.
+            InvalidArgumentError: a count below 1, blocks missing for so many, or more in all than a batch may have.
+            InvalidBlockError: a block that one request would write and another one holds too.
             RequestTooLongError: more tokens than the cache allows a request.
         """
+        self._check_own(plan)
         count, batch = static_count("num_query_tokens", num_query_tokens, 1), plan.batch
         active = batch.query_lens > 0
         if (totals := batch.context_lens + batch.query_lens)[active].max(initial=0) + count > (

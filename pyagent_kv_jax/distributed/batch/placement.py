@@ -15,6 +15,6 @@ def placed(array: Any, place: NamedSharding) -> jax.Array:
     One of the host is the same in every process; ``device_put`` would compare them, by a collective.
     """
     if isinstance(array, jax.Array):
-        return jax.device_put(array, place)
+        return array if array.sharding == place else jax.device_put(array, place)
     values = np.asarray(array)
     return jax.make_array_from_callback(values.shape, place, lambda index: values[index])

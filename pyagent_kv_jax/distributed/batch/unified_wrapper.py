@@ -64,7 +64,7 @@ class UnifiedBatchWrapper:
         v: ArrayLike,
         **options: Any,
     ) -> BatchOutput:
-        """``plan`` and ``run``: attention of all ``requests`` on one layer.
+        """``plan`` and ``run``: attention of all ``requests`` on one layer. Of many layers, plan once and ``run`` each.
 
         Args:
             requests: of any phase.

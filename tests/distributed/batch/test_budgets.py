@@ -96,7 +96,9 @@ def test_what_can_never_fit_is_refused_before_anything_runs() -> None:
     needed = step_bytes(config, 1, 1, has_context=True)
     assert needed > 1000
     pages, arrays = poisoned_pages(config), [x[0] for x in Steps.start(config).arrays(0, 4)]
-    with pytest.raises(ConfigError, match=f"got 1000 bytes, want at least {needed} for 1 tokens of request '0'"):
+    with pytest.raises(
+        ConfigError, match=f"got 1000 bytes, want at least {needed} for a batch of request '0' with 1 of its"
+    ):
         wrapper.process_batch(requests, pages, 0, *arrays)
     assert not pages.k_pages.is_deleted()
     assert wrapper.get_stats().num_plans == 0

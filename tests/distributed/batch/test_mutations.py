@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,13 +26,13 @@ def _traced_anew() -> Iterator[None]:
     jax.clear_caches()
 
 
-def decode_two_steps(window: int | None = None) -> None:
+def decode_two_steps(**options: Any) -> None:
     config = plan_config(
         CacheSharding(cpu_mesh(dcp=4), "dcp", None, 4, Combine.ALL_TO_ALL), Q_HEADS, KV_HEADS, token_buckets=(40,)
     )
     steps, wrapper = Steps.start(config), BatchDCPDecodeWrapper(config)
     for seed, lens in enumerate(([9, 3, 1, 0, 20, 5], [1, 6, 2, 1, 3, 9])):
-        steps.run(wrapper, wrapper.plan(steps.requests(lens)), seed, sliding_window=window)
+        steps.run(wrapper, wrapper.plan(steps.requests(lens)), seed, **options)
 
 
 def prefill() -> None:
@@ -48,7 +49,7 @@ def with_interleave(function: Any, change: int) -> Any:
 
 
 def test_without_a_mistake_all_is_green() -> None:
-    decode_two_steps(window=3)
+    decode_two_steps(sliding_window=3)
     prefill()
 
 
@@ -62,7 +63,7 @@ def test_interleave_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_global_length_where_a_local_one_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ContextParallel, "local_length", lambda self, length: length)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        decode_two_steps(window=3)
+        decode_two_steps(sliding_window=3)
 
 
 def test_a_local_position_where_a_global_one_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +77,7 @@ def test_lengths_of_a_plan_divided_by_the_ranks(monkeypatch: pytest.MonkeyPatch)
 
     def wrong(config: Any, batch: Any, layout: Any) -> Any:
         meta = against_cache(config, batch, layout)
-        return jax.tree.map(lambda x: x, meta).__class__(**{**vars(meta), "kv_lens": -(-meta.kv_lens // 4)})
+        return dataclasses.replace(meta, kv_lens=-(-meta.kv_lens // 4))
 
     monkeypatch.setattr(execution_plan, "_against_cache", wrong)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):

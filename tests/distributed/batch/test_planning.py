@@ -250,6 +250,8 @@ def test_decode_goes_on_while_there_are_blocks() -> None:
     shared = wrapper.plan([BatchRequest("a", [3, 1], 1, 14), BatchRequest("b", [7, 1], 1, 2)])
     with pytest.raises(InvalidBlockError, match="block 1"):
         wrapper.advance(wrapper.advance(shared), 14)
+    with pytest.raises(ConfigError, match="plan: got one of"):
+        BatchDCPDecodeWrapper(dataclasses.replace(CONFIG, row_buckets=(4,))).advance(plan)
     full = wrapper.plan([BatchRequest("a", range(6), 1, 95)])
     with pytest.raises(RequestTooLongError, match="got 1 after 96, want at most 96"):
         wrapper.advance(full)
