@@ -71,7 +71,8 @@ def make_plan(config: DCPPlanConfig, batch: BatchMetadata, *, skip_context: bool
         InvalidArgumentError: more tokens than the last token bucket, or more bytes than the memory budget.
         InvalidBlockError: a block that one request writes and another one holds too.
     """
-    check_budgets(config, batch)
+    has_context = batch.has_context or not skip_context
+    check_budgets(config, batch, has_context=has_context)
     batch.check_writers(config.cache)
     one_each = batch.is_one_token_each
     num_rows, num_tokens = config.padded_sizes(batch.num_requests, batch.num_tokens, one_each)
@@ -83,14 +84,14 @@ def make_plan(config: DCPPlanConfig, batch: BatchMetadata, *, skip_context: bool
     index = np.where(rows >= 0, np.arange(num_tokens, dtype=np.int32) - starts[rows], 0)  # of a token in its row
     layout = _Layout(rows, index, None if one_each else starts, num_rows, 1 if one_each else num_tokens)
     # With one context rank the pages hold all there is, and nothing is exchanged anyway.
-    alone = skip_context and config.sharding.context_size > 1 and not batch.has_context
+    alone = config.sharding.context_size > 1 and not has_context
     own = _own_tokens(config, batch, layout) if alone else None
     arrays = (_against_cache(config, batch, layout), own)
     meta, own = jax.tree.map(lambda array: placed(array, config.sharding.replicated), arrays)
     return ExecutionPlan(meta, own, batch, config, num_rows, num_tokens)
 
 
-def check_budgets(config: DCPPlanConfig, batch: BatchMetadata) -> None:
+def check_budgets(config: DCPPlanConfig, batch: BatchMetadata, *, has_context: bool) -> None:
     """Raise ``TooManyRequestsError`` or ``InvalidArgumentError`` as ``make_plan`` does."""
     if batch.num_requests > config.row_buckets[-1]:
         raise TooManyRequestsError(f"batch: got {batch.num_requests} requests, want at most {config.row_buckets[-1]}")
@@ -98,7 +99,7 @@ def check_budgets(config: DCPPlanConfig, batch: BatchMetadata) -> None:
         raise InvalidArgumentError(f"batch: got {batch.num_tokens} tokens, want at most {config.token_buckets[-1]}")
     if config.memory_budget is not None:
         sizes = config.padded_sizes(batch.num_requests, batch.num_tokens, batch.is_one_token_each)
-        needed = step_bytes(config, *sizes, has_context=batch.has_context)
+        needed = step_bytes(config, *sizes, has_context=has_context)
         if needed > config.memory_budget:
             raise InvalidArgumentError(
                 f"batch: got {batch.num_tokens} tokens of {batch.num_requests} requests, which take {needed} bytes on "

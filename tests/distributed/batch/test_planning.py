@@ -215,6 +215,16 @@ def test_bytes_of_a_step_by_hand() -> None:
     assert step_bytes(CONFIG, rows, tokens, has_context=False) == common + tokens * 2 * kernel + scratch
 
 
+def test_a_batch_over_the_memory_budget_is_refused() -> None:
+    prompt = [BatchRequest("a", [3], 9)]
+    # Decode always takes the way over the context ranks, and is held to what that takes.
+    for wrapper, has_context in ((BatchDCPPrefillWrapper, False), (BatchDCPDecodeWrapper, True)):
+        needed = step_bytes(CONFIG, 2, 16, has_context=has_context)
+        wrapper(dataclasses.replace(CONFIG, memory_budget=needed)).plan(prompt)
+        with pytest.raises(InvalidArgumentError, match=f"take {needed} bytes on a device, want at most {needed - 1}"):
+            wrapper(dataclasses.replace(CONFIG, memory_budget=needed - 1)).plan(prompt)
+
+
 def test_what_is_ready_to_be_handed_on() -> None:
     wrapper = BatchDCPPrefillWrapper(CONFIG)
     steps = Steps.start(CONFIG)
