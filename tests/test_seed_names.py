@@ -52,6 +52,17 @@ METHODS = {
         "create_sparse": ["block_size"],
         "create_v2": ["block_size", "use_sparse", "use_prediction"],
     },
+    "DistributedBlockTable": {
+        "create": ["config", "num_workers", "worker_id"],
+        "allocate_blocks": ["row_idx", "num_blocks", "prefer_local"],
+        "get_block_location": ["block_id"],
+        "is_local": ["block_id"],
+    },
+    "BatchMetadata": {"is_prefill": [], "is_decode": []},
+    "BatchExecutor": {"plan": ["requests"], "run": ["plan"]},
+    "BatchDCPPrefillWrapper": {"plan": ["requests"], "run": ["plan"], "process_batch": ["requests"], "get_stats": []},
+    "BatchDCPDecodeWrapper": {"plan": ["requests"], "run": ["plan"], "process_batch": ["requests"], "get_stats": []},
+    "UnifiedBatchWrapper": {"process_batch": ["requests"], "get_stats": []},
     "BlockInfo": {"increment_ref": [], "decrement_ref": [], "can_free": []},
     "CpuGpuBuffer": {
         "__init__": ["shape", "dtype"],
@@ -117,6 +128,9 @@ FIELDS = {
         "max_num_batched_tokens",
         "cp_kv_cache_interleave_size",
     ],
+    "BatchRequest": ["request_id"],
+    "DCPPlanConfig": [],
+    "ExecutionPlan": [],
     "KVCacheConfig": ["num_layers", "num_heads", "head_dim", "num_blocks", "block_size", "dtype", "device"],
 }
 MEMBERS = {
@@ -126,15 +140,25 @@ MEMBERS = {
         "NUMA_AWARE": "numa_aware",
         "PREDICTIVE": "predictive",
     },
+    "AllReduceStrategy": {"NCCL": "nccl", "RING": "ring", "TREE": "tree", "RECURSIVE": "recursive"},
+    "BatchPhase": {"PREFILL": "prefill", "DECODE": "decode", "MIXED": "mixed"},
     "DeviceType": {"CPU": "cpu", "CUDA": "cuda", "TPU": "tpu", "MPS": "mps"},
     "DType": {"FLOAT16": "float16", "BFLOAT16": "bfloat16", "FLOAT32": "float32", "INT8": "int8", "FP8": "fp8"},
 }
-FUNCTIONS = {"create_kv_cache_manager": ["num_layers", "num_heads", "head_dim", "num_blocks", "block_size"]}
+FUNCTIONS = {
+    "create_kv_cache_manager": ["num_layers", "num_heads", "head_dim", "num_blocks", "block_size"],
+    "create_prefill_wrapper": [],
+    "create_decode_wrapper": [],
+    "create_unified_wrapper": [],
+}
 
 
 @pytest.mark.parametrize(("name", "method"), [(name, method) for name in METHODS for method in METHODS[name]])
 def test_methods_and_their_parameters(name: str, method: str) -> None:
-    parameters = list(inspect.signature(getattr(getattr(pyagent_kv_jax, name), method)).parameters)
+    found = inspect.getattr_static(getattr(pyagent_kv_jax, name), method)
+    if isinstance(found, property):
+        found = found.fget
+    parameters = list(inspect.signature(getattr(found, "__func__", found)).parameters)
     wanted = METHODS[name][method]
     assert [p for p in parameters if p in wanted] == wanted
 
