@@ -249,7 +249,8 @@ class KVPages:
 
         Args:
             ids: i32[n], none twice; -1 is left out. Ids outside the pool: see ``pages_of``.
-            k: [layers_per_group, n, num_heads, block_size, head_dim], of the pages' dtype and stored head_dim.
+            k: [layers_per_group, n, num_heads, block_size, head_dim], of the pages' dtype, or unsigned integers of its
+                bits, and of the stored head_dim.
             v: likewise.
 
         Raises:
@@ -259,7 +260,8 @@ class KVPages:
         for name, blocks, stored in (("k", k, self.k_pages), ("v", v, self.v_pages)):
             config, (_, heads, _, dim) = self.config, stored.shape
             want = (config.layers_per_group, *jnp.shape(ids), heads, config.block_size, dim)
-            if blocks.shape != want or blocks.dtype != stored.dtype:
+            bits = jnp.dtype(f"uint{stored.dtype.itemsize * 8}")
+            if blocks.shape != want or blocks.dtype not in (stored.dtype, bits):
                 raise ShapeMismatchError(
                     f"{name}: got {blocks.dtype}{list(blocks.shape)}, want {stored.dtype}{list(want)}"
                 )
@@ -366,15 +368,17 @@ def expanded_slots(slots: jax.Array | CompressedSlotMapping, num_tokens: int) ->
 def _with_pages(stored: jax.Array, ids: jax.Array, pages: jax.Array, *, loop: bool) -> jax.Array:
     """``stored`` with ``pages`` [m, ...] at ``ids`` i32[m]; -1 is left out."""
     if not loop:
+        pages = jax.lax.bitcast_convert_type(pages, stored.dtype)
         return stored.at[nowhere_if_invalid(ids, stored.shape[0])].set(pages, mode="drop")
 
     # XLA's scatter on CPUs lays all the pages out anew first: a seventh of the speed of a copy page by page.
-    def put(i: Any, stored: jax.Array) -> jax.Array:
-        at, page = jnp.maximum(ids[i], 0), jax.lax.dynamic_slice_in_dim(pages, i, 1)
-        there = jax.lax.dynamic_slice_in_dim(stored, at, 1)
-        return jax.lax.dynamic_update_slice_in_dim(stored, jnp.where(ids[i] >= 0, page, there), at, 0)
+    order = jnp.argsort(ids < 0, stable=True)  # what is left out comes last
 
-    return jax.lax.fori_loop(0, ids.shape[0], put, stored)
+    def put(i: Any, stored: jax.Array) -> jax.Array:
+        page = jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(pages, order[i], 1), stored.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(stored, page, ids[order[i]], 0)
+
+    return jax.lax.fori_loop(0, jnp.sum(ids >= 0), put, stored)
 
 
 def _per_layer(config: KVCacheConfig, value: Callable[[int, int], int]) -> jax.Array:

@@ -76,7 +76,7 @@ class BlockLayout:
         return Blocks(one(blocks.k, config.head_dim), one(blocks.v, config.value_head_dim))
 
     def stored(self, blocks: Blocks) -> Blocks:
-        """The way back: blocks as ``write_blocks`` takes them, of canonical ones."""
+        """The way back: bits as ``write_blocks`` takes them, of canonical blocks."""
         config, order = self.config, self.token_order
 
         def one(x: jax.Array, head_dim: int) -> jax.Array:
@@ -86,12 +86,12 @@ class BlockLayout:
                 x = jnp.repeat(x, self.head_copies, axis=2)
             if padding := config.storage_head_dim(head_dim) - head_dim:
                 x = jnp.pad(x, ((0, 0),) * 4 + ((0, padding),))
-            return jax.lax.bitcast_convert_type(x, config.storage_dtype)
+            return x
 
         return Blocks(one(blocks.k, config.head_dim), one(blocks.v, config.value_head_dim))
 
     def is_canonical_as_stored(self) -> bool:
-        """Whether ``stored`` changes nothing but the element type."""
+        """Whether ``stored`` changes nothing."""
         padded = any(self.config.storage_head_dim(d) != d for d in (self.config.head_dim, self.config.value_head_dim))
         return self.token_order is None and self.head_copies == 1 and not padded
 

@@ -144,7 +144,6 @@ def _as_stored(blocks: Blocks, layout: BlockLayout) -> Blocks:
 
 @partial(jax.jit, donate_argnums=0)
 def _write(pages: Any, ids: jax.Array, blocks: Blocks) -> Any:
-    blocks = Blocks(*(jax.lax.bitcast_convert_type(x, pages.config.storage_dtype) for x in blocks))
     if isinstance(pages, ShardedKVPages):
         return _write_on_ranks(pages, ids, blocks)
     return pages.write_blocks(ids, blocks.k, blocks.v)
