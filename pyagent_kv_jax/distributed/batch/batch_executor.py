@@ -168,7 +168,7 @@ class MeshBatchExecutor(BatchExecutor):
         for plan in plans:
             parts = self._programs.cut(q, k, v, np.int32(start), size=plan.num_tokens)
             part, part_lse, pages = self.run(plan, pages, layer, *parts, **options)
-            out, lse = self._programs.put(out, lse, part, part_lse, np.int32(start), np.int32(plan.batch.num_tokens))
+            out, lse = self._programs.put(out, lse, part, part_lse, np.int32(start))
             start += plan.batch.num_tokens
         return BatchOutput(out, lse, pages)
 

@@ -73,8 +73,8 @@ class CompiledAttention:
         run: ``run(pages, layer, q, k, v, meta, own_tokens, arrays, static)``, the pages donated. ``arrays`` are options
             that may change from call to call, ``static`` pairs of those that are part of the program.
         cut: ``cut(q, k, v, start, size=...)``: tokens ``start`` to ``start + size`` of each, 0 past the end.
-        put: ``put(out, lse, part, part_lse, start, count)``: the first ``count`` tokens of a part into place; ``out``
-            and ``lse`` are donated.
+        put: ``put(out, lse, part, part_lse, start)``: the tokens of a part into place, parts in order; ``out`` and
+            ``lse`` are donated.
         num_traces: how often ``run`` was traced, i.e. compiled.
     """
 
@@ -109,8 +109,7 @@ def _cut(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, *, size: in
 
 
 def _put(
-    out: jax.Array, lse: jax.Array, part: jax.Array, part_lse: jax.Array, start: jax.Array, count: jax.Array
+    out: jax.Array, lse: jax.Array, part: jax.Array, part_lse: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    index = jnp.arange(part.shape[0], dtype=jnp.int32)
-    at = jnp.where(index < count, start + index, out.shape[0])  # past the end is dropped
+    at = start + jnp.arange(part.shape[0], dtype=jnp.int32)  # padding is 0 and -inf like what it falls upon
     return out.at[at].set(part, mode="drop"), lse.at[at].set(part_lse, mode="drop")

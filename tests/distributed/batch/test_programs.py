@@ -22,6 +22,7 @@ from pyagent_kv_jax.distributed.batch import (
     step_bytes,
 )
 from pyagent_kv_jax.distributed.batch.communication import received_bytes
+from pyagent_kv_jax.distributed.batch.planned_attention import compiled_attention
 from tests.distributed.attention_on_mesh import DIM, ROWS, TOKENS
 from tests.distributed.batch.steps_on_mesh import Steps, plan_config, poisoned_pages, requests_for
 from tests.distributed.hlo import collectives
@@ -49,9 +50,9 @@ def compiled(plan: ExecutionPlan, pages: ShardedKVPages | None = None) -> jax.st
         return jax.ShapeDtypeStruct((plan.num_tokens, heads, DIM), jnp.float32, sharding=place)
 
     kv = array(KV_HEADS, kv_place)
-    run = jax.jit(attend_planned, donate_argnums=0)
     pages = pages or ShardedKVPages.create(config.cache, config.sharding)
-    return run.lower(pages, np.int32(0), array(Q_HEADS, q_place), kv, kv, plan.meta, plan.own_tokens).compile()
+    arguments = (pages, np.int32(0), array(Q_HEADS, q_place), kv, kv, plan.meta, plan.own_tokens, {}, ())
+    return compiled_attention(config).run.lower(*arguments).compile()
 
 
 def plan_of(config: DCPPlanConfig, contexts: Any = (0,) * ROWS) -> ExecutionPlan:
