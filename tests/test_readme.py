@@ -10,7 +10,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTAL
 
 
 def test_examples_run_one_after_another() -> None:
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
     names: dict[str, object] = {}
     for example in EXAMPLES:
         exec(compile(example, str(README), "exec"), names)
@@ -19,3 +19,4 @@ def test_examples_run_one_after_another() -> None:
     assert [plan.num_cached_tokens.tolist() for plan in names["plans"]] == [[0], [96]]
     assert [plan.num_tokens.tolist() for plan in names["plans"]] == [[100], [4]]
     assert [len(result.token_ids) for result in names["results"]] == [16, 16]
+    assert [result.token_ids for result in names["spread"]] == [result.token_ids for result in names["results"]]
