@@ -25,11 +25,14 @@ _COMPILE_BOUND = (
     "handoff",
     "manager",
     "models",
+    "owned",
     "pallas_kernels",
     "pool",
     "prefix",
+    "ring",
     "serving",
     "tables",
+    "tests",
 )
 
 
