@@ -17,12 +17,16 @@ from pyagent_kv_jax.distributed.batch import (
 )
 from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
 from pyagent_kv_jax.distributed.combine import Combine
-from pyagent_kv_jax.distributed.distributed_block_table import DistributedBlockTable
-from pyagent_kv_jax.distributed.owned_kv_pages import OwnedKVPages
+from pyagent_kv_jax.distributed.owned import DistributedBlockTable, OwnedKVPages
 from pyagent_kv_jax.distributed.replicas import check_replicas
-from pyagent_kv_jax.distributed.ring_attention import ring_attention, ring_attention_on_rank
+from pyagent_kv_jax.distributed.ring import (
+    ring_attention,
+    ring_attention_on_rank,
+    zigzag_positions,
+    zigzag_shard,
+    zigzag_unshard,
+)
 from pyagent_kv_jax.distributed.sharded_kv_pages import ShardedKVPages, sharded_cache
-from pyagent_kv_jax.distributed.zigzag import zigzag_positions, zigzag_shard, zigzag_unshard
 
 __all__ = [
     "AllReduceStrategy",

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pyagent_kv_jax.config import BlockTableConfig
-from pyagent_kv_jax.distributed.distributed_block_table import DistributedBlockTable
+from pyagent_kv_jax.distributed.owned import DistributedBlockTable
 from pyagent_kv_jax.distributed.replicas import check_replicas
 from pyagent_kv_jax.errors import OutOfBlocksError, ReplicaDriftError
 

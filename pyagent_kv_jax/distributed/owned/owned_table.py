@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from pyagent_kv_jax.cache.allocation import step_metadata
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
-from pyagent_kv_jax.distributed.owned_blocks import GivenBlocks, allocate_owned, free_owned, local_ids
+from pyagent_kv_jax.distributed.owned.owned_blocks import GivenBlocks, allocate_owned, free_owned, local_ids
 from pyagent_kv_jax.pool import BlockPool
 from pyagent_kv_jax.pool.invariants import broken_invariants
 from pyagent_kv_jax.tables import BlockTable

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pyagent_kv_jax.distributed.spill_plan import plan_spill
+from pyagent_kv_jax.distributed.owned.spill_plan import plan_spill
 from pyagent_kv_jax.pool import BlockPool
 from pyagent_kv_jax.tables import BlockTable, append_rows, clear_rows, rows_blocks
 

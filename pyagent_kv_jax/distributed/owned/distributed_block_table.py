@@ -16,9 +16,9 @@ from jax.typing import ArrayLike
 from pyagent_kv_jax.arguments import integers, static_count
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.config import BlockTableConfig
-from pyagent_kv_jax.distributed import owned_table
-from pyagent_kv_jax.distributed.owned_blocks import GivenBlocks
-from pyagent_kv_jax.distributed.owned_table import OwnedTable
+from pyagent_kv_jax.distributed.owned import owned_table
+from pyagent_kv_jax.distributed.owned.owned_blocks import GivenBlocks
+from pyagent_kv_jax.distributed.owned.owned_table import OwnedTable
 from pyagent_kv_jax.errors import (
     ConfigError,
     InvalidArgumentError,

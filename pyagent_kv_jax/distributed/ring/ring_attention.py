@@ -16,8 +16,8 @@ from jax.typing import ArrayLike
 
 from pallas_kernels.paged_attention.visibility import Visibility
 from pyagent_kv_jax.distributed.all_reduce import check_axis
-from pyagent_kv_jax.distributed.ring_tiles import Pairs, Queries
-from pyagent_kv_jax.distributed.zigzag import chunk_length, chunk_pairs, zigzag_positions
+from pyagent_kv_jax.distributed.ring.tiles import Pairs, Queries
+from pyagent_kv_jax.distributed.ring.zigzag import chunk_length, chunk_pairs, zigzag_positions
 from pyagent_kv_jax.errors import InvalidArgumentError, ShapeMismatchError, is_concrete
 
 

@@ -12,14 +12,15 @@ import chex
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from pyagent_kv_jax.config import KVCacheConfig, LayerGroup
-from pyagent_kv_jax.distributed import owned_kv_pages
 from pyagent_kv_jax.distributed.all_reduce import AllReduceStrategy
-from pyagent_kv_jax.distributed.distributed_block_table import DistributedBlockTable
-from pyagent_kv_jax.distributed.owned_kv_pages import OwnedKVPages
+from pyagent_kv_jax.distributed.owned import owned_kv_pages
+from pyagent_kv_jax.distributed.owned.distributed_block_table import DistributedBlockTable
+from pyagent_kv_jax.distributed.owned.owned_kv_pages import OwnedKVPages
 from pyagent_kv_jax.errors import ConfigError, InvalidArgumentError, ShapeMismatchError
+from tests.distributed.meshes import cpu_mesh
 
 ROWS, TOKENS, LAYERS, Q_HEADS, WINDOW = 4, 14, 2, 4, 7
 
@@ -28,12 +29,6 @@ def config_of(num_blocks: int, **options: Any) -> KVCacheConfig:
     sizes = {"num_layers": LAYERS, "num_heads": 2, "head_dim": 8, "v_head_dim": 4, "block_size": 4}
     limits = {"max_num_reqs": ROWS, "max_model_len": 32}
     return KVCacheConfig(**(sizes | limits | options), num_blocks=num_blocks, dtype="float32", device="cpu")
-
-
-def mesh_of(**axes: int) -> Mesh:
-    devices = jax.devices("cpu")[: int(np.prod(list(axes.values())))]
-    types = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
 
 
 class Reference:
@@ -70,7 +65,7 @@ class Reference:
 )
 def test_spilled_blocks_are_attended_where_they_are(shape: dict[str, int], strategies: list[str]) -> None:
     size, tensor_axis = shape["own"], "tp" if "tp" in shape else None
-    mesh, rng = mesh_of(**shape), np.random.default_rng(size)
+    mesh, rng = cpu_mesh(**shape), np.random.default_rng(size)
     config = config_of({2: 16, 3: 15, 8: 16}[size])
     table = DistributedBlockTable.create(
         config.table_config(), size, num_blocks=config.pool_blocks, mesh=mesh, axis="own"
@@ -133,7 +128,7 @@ def compiled(config: KVCacheConfig, mesh: Mesh, **options: Any) -> jax.stages.Co
 def test_pages_stay_in_place_and_on_their_device() -> None:
     """One step: the ids and free counts of the table, two all-reduces of the partials, no copy of the pages."""
     config = config_of(4 * 2048)
-    program = compiled(config, mesh_of(own=4))
+    program = compiled(config, cpu_mesh(own=4))
     memory, own = program.memory_analysis(), 2048 * LAYERS * 2 * 4 * (8 + 4) * 4
     assert memory.alias_size_in_bytes >= own
     assert memory.temp_size_in_bytes < own // 20
@@ -151,7 +146,7 @@ def test_pages_stay_in_place_and_on_their_device() -> None:
 
 
 def test_sinks_counted_on_every_device_turn_the_comparison_red() -> None:
-    mesh, rng, config = mesh_of(own=2), np.random.default_rng(0), config_of(8, num_layers=1)
+    mesh, rng, config = cpu_mesh(own=2), np.random.default_rng(0), config_of(8, num_layers=1)
     assert owned_kv_pages.__file__
     source = pathlib.Path(owned_kv_pages.__file__).read_text()
     faulty = types.ModuleType(owned_kv_pages.__name__)
@@ -170,7 +165,7 @@ def test_sinks_counted_on_every_device_turn_the_comparison_red() -> None:
 
 
 def test_quantised_pages_and_plain_writes() -> None:
-    mesh = mesh_of(own=2)
+    mesh = cpu_mesh(own=2)
     pages = OwnedKVPages.create(
         KVCacheConfig(1, 2, 8, num_blocks=4, block_size=4, dtype="int8", device="cpu"), mesh, "own", None
     )
@@ -184,7 +179,7 @@ def test_quantised_pages_and_plain_writes() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    mesh = mesh_of(own=2, tp=3)
+    mesh = cpu_mesh(own=2, tp=3)
     with pytest.raises(ConfigError, match=r"axis, tensor_axis: got 'rows', None, want two of \('own', 'tp'\)"):
         OwnedKVPages.create(config_of(8), mesh, "rows")
     with pytest.raises(ConfigError, match="axis, tensor_axis: got 'own', 'own'"):

@@ -10,21 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pyagent_kv_jax.distributed import ring_tiles
-from pyagent_kv_jax.distributed.ring_attention import ring_attention, ring_attention_on_rank
-from pyagent_kv_jax.distributed.zigzag import chunk_pairs, zigzag_positions, zigzag_shard, zigzag_unshard
+from pyagent_kv_jax.distributed.ring import tiles
+from pyagent_kv_jax.distributed.ring.ring_attention import ring_attention, ring_attention_on_rank
+from pyagent_kv_jax.distributed.ring.zigzag import chunk_pairs, zigzag_positions, zigzag_shard, zigzag_unshard
 from pyagent_kv_jax.errors import InvalidArgumentError, ShapeMismatchError
+from tests.distributed.meshes import cpu_mesh
 
 BATCH, Q_HEADS, KV_HEADS, DIM, V_DIM = 3, 4, 2, 8, 6
-
-
-def mesh_of(**axes: int) -> Mesh:
-    devices = jax.devices("cpu")[: int(np.prod(list(axes.values())))]
-    types = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
 
 
 def inputs(seed: int, seq: int, lens: Any = None) -> tuple[np.ndarray, ...]:
@@ -70,7 +65,7 @@ def attention(
 def in_ring(size: int, q: Any, k: Any, v: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
     """Arrays in the order of the sequence, and results too."""
     q, k, v = (zigzag_shard(x, size) for x in (q, k, v))
-    results = ring_attention(q, k, v, mesh=mesh_of(ring=size), axis="ring", return_lse=True, **options)
+    results = ring_attention(q, k, v, mesh=cpu_mesh(ring=size), axis="ring", return_lse=True, **options)
     return tuple(zigzag_unshard(x, size) for x in results)
 
 
@@ -96,14 +91,14 @@ def test_against_float64(size: int) -> None:
 
 def test_defaults_and_tiles_that_do_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk of seven tokens in tiles of three: the last tile of queries is padded, that of keys reaches back."""
-    monkeypatch.setattr(ring_tiles, "_TILE", 3)
+    monkeypatch.setattr(tiles, "_TILE", 3)
     arrays = inputs(5, 28)
     assert_close(jax.jit(partial(in_ring, 2))(*arrays), attention(*arrays))
     assert_close(jax.jit(partial(in_ring, 2))(*arrays, sliding_window=5), attention(*arrays, window=5))
 
 
 def test_heads_and_sequences_on_other_axes_and_half_precision() -> None:
-    mesh, arrays = mesh_of(data=2, ring=2, tp=2), inputs(6, 8)
+    mesh, arrays = cpu_mesh(data=2, ring=2, tp=2), inputs(6, 8)
     arrays = tuple(np.asarray(jnp.asarray(np.concatenate([x, x[:1]]), jnp.bfloat16)) for x in arrays)
     sinks = np.arange(Q_HEADS, dtype=np.float32) / 2
     run = partial(ring_attention, mesh=mesh, axis="ring", tensor_axis="tp", batch_axis="data", return_lse=True)
@@ -119,7 +114,7 @@ def test_heads_and_sequences_on_other_axes_and_half_precision() -> None:
 @pytest.mark.parametrize("size", [1, 3])
 def test_only_keys_and_values_travel(size: int) -> None:
     """Each of K and V is sent C - 1 times, as the rank's own part is; nothing is gathered or reduced."""
-    seq, mesh = 4 * size, mesh_of(ring=size)
+    seq, mesh = 4 * size, cpu_mesh(ring=size)
     place = NamedSharding(mesh, P(None, "ring"))
     shapes = ((heads, dim) for heads, dim in ((Q_HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, V_DIM)))
     arrays = [jax.ShapeDtypeStruct((BATCH, seq, *shape), jnp.float32, sharding=place) for shape in shapes]
@@ -158,7 +153,7 @@ def test_zigzag_order() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    mesh = mesh_of(ring=2, tp=3)
+    mesh = cpu_mesh(ring=2, tp=3)
     q, k, v = inputs(0, 8)
 
     def call(*arrays: Any, axis: str = "ring", **options: Any) -> Any:

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from pyagent_kv_jax.config import BlockTableConfig
-from pyagent_kv_jax.distributed.distributed_block_table import DistributedBlockTable
+from pyagent_kv_jax.distributed.owned.distributed_block_table import DistributedBlockTable
 from pyagent_kv_jax.distributed.replicas import check_replicas
 from pyagent_kv_jax.errors import (
     ConfigError,
@@ -27,15 +26,10 @@ from pyagent_kv_jax.errors import (
     ShapeMismatchError,
     UnknownRequestError,
 )
+from tests.distributed.meshes import cpu_mesh
 
 ROWS, WIDTH, BATCH, CAPACITY = 7, 6, 4, 20
 CONFIG = BlockTableConfig(block_size=4, max_num_reqs=ROWS, max_num_blocks_per_req=WIDTH)
-
-
-def mesh_of(**axes: int) -> Mesh:
-    devices = jax.devices("cpu")[: int(np.prod(list(axes.values())))]
-    types = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
 
 
 class Model:
@@ -112,7 +106,7 @@ def random_batch(rng: np.random.Generator, num_devices: int) -> tuple[np.ndarray
 @pytest.mark.parametrize("shape", [{"own": 2}, {"own": 3, "copy": 2}, {"own": 8}], ids=str)
 def test_histories_are_those_of_the_model(shape: dict[str, int]) -> None:
     size, per_device = shape["own"], {2: 9, 3: 6, 8: 2}[shape["own"]]
-    mesh, rng = mesh_of(**shape), np.random.default_rng(size)
+    mesh, rng = cpu_mesh(**shape), np.random.default_rng(size)
     chex.clear_trace_counter()
     table = DistributedBlockTable.create(CONFIG, size, num_blocks=size * per_device, mesh=mesh, axis="own")
     model = Model(size, per_device)
@@ -211,7 +205,7 @@ def test_what_cannot_be_is_refused_and_nothing_changes() -> None:
 
 def test_configurations_that_cannot_be() -> None:
     create = DistributedBlockTable.create
-    mesh = mesh_of(own=2)
+    mesh = cpu_mesh(own=2)
     with pytest.raises(ConfigError, match="num_blocks: got 9, want a multiple of 2"):
         create(CONFIG, 2, num_blocks=9)
     with pytest.raises(ConfigError, match=r"axis: got 'other', want one of the mesh's axes \('own',\)"):

@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec as P
 from pyagent_kv_jax.cache import AttentionMetadata, KVPages
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.distributed.all_reduce import all_reduce_states
-from pyagent_kv_jax.distributed.ring_attention import ring_attention_on_rank
-from pyagent_kv_jax.distributed.zigzag import zigzag_shard, zigzag_unshard
+from pyagent_kv_jax.distributed.ring.ring_attention import ring_attention_on_rank
+from pyagent_kv_jax.distributed.ring.zigzag import zigzag_shard, zigzag_unshard
 from pyagent_kv_jax.tables import ContextParallel, local_slots
-from tests.distributed.test_ring_attention import BATCH, DIM, KV_HEADS, V_DIM, assert_close, attention, inputs, mesh_of
+from tests.distributed.meshes import cpu_mesh
+from tests.distributed.ring.test_ring_attention import BATCH, DIM, KV_HEADS, V_DIM, assert_close, attention, inputs
 
 SIZE, WHOLE = 3, 12  # ranks; tokens of a block on all of them
 LENS = np.array([12, 7, 1], np.int32)
@@ -63,7 +64,7 @@ def test_a_cache_is_written_as_keys_and_values_come_by() -> None:
     """No collective but the ring's, though a cache deals out tokens by two where the ring has chunks."""
     q, k, v = inputs(7, WHOLE, LENS)
     q_new, k_new, v_new = (x[:, 0] for x in inputs(8, 1))
-    mesh, ring = mesh_of(ring=SIZE), P(None, "ring")
+    mesh, ring = cpu_mesh(ring=SIZE), P(None, "ring")
     on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=False)
     run = jax.jit(on_mesh(prefill, in_specs=ring, out_specs=(ring, P("ring"), P("ring"))))
     arrays = [jax.device_put(zigzag_shard(x, SIZE), NamedSharding(mesh, ring)) for x in (q, k, v)]

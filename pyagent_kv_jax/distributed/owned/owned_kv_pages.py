@@ -19,7 +19,7 @@ from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.kv_pages import KVPages, expanded_slots, page_shapes
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
 from pyagent_kv_jax.distributed.all_reduce import AllReduceStrategy, all_reduce_states
-from pyagent_kv_jax.distributed.owned_blocks import local_ids
+from pyagent_kv_jax.distributed.owned.owned_blocks import local_ids
 from pyagent_kv_jax.errors import ConfigError, ShapeMismatchError
 
 
