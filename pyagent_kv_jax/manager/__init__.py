@@ -4,8 +4,9 @@ from pyagent_kv_jax.manager.block_size_adaptation import BlockSizeChooser
 from pyagent_kv_jax.manager.block_size_switch import BlockSizeReport
 from pyagent_kv_jax.manager.block_table_factory import BlockTableFactory
 from pyagent_kv_jax.manager.block_table_v2 import BlockTableStats, BlockTableV2
+from pyagent_kv_jax.manager.creation import create_kv_cache_manager
 from pyagent_kv_jax.manager.defragmentation import DefragmentationReport
-from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager, create_kv_cache_manager
+from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
 from pyagent_kv_jax.manager.manager_stats import ManagerStats
 from pyagent_kv_jax.manager.memory_pressure import MemoryPressure
 from pyagent_kv_jax.manager.options import ManagerOptions, PreemptionCost

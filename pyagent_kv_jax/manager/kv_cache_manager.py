@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pyagent_kv_jax.cache.kv_pages import KVPages, PageMove
-from pyagent_kv_jax.config import DeviceType, DType, KVCacheConfig
+from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
 from pyagent_kv_jax.distributed.sharded_kv_pages import ShardedKVPages
 from pyagent_kv_jax.errors import (
@@ -490,33 +490,3 @@ class KVCacheManager(ManagerViews, HoldsPrefixes):
         if self._callbacks.has_thresholds:
             self._trigger_memory_pressure()
         return blocks
-
-
-def create_kv_cache_manager(
-    num_layers: int,
-    num_heads: int,
-    head_dim: int,
-    num_blocks: int | None = None,
-    block_size: int = 16,
-    *,
-    dtype: DType | None = None,
-    device: DeviceType | None = None,
-    max_num_reqs: int = 256,
-    max_model_len: int = 4096,
-    kernel_block_size: int | None = None,
-    options: ManagerOptions = DEFAULT_OPTIONS,
-) -> KVCacheManager:
-    """A manager in one line. See ``KVCacheConfig`` and ``ManagerOptions`` for the arguments and the errors."""
-    config = KVCacheConfig(
-        num_layers=num_layers,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        dtype=dtype,
-        device=device,
-        max_num_reqs=max_num_reqs,
-        max_model_len=max_model_len,
-        kernel_block_size=kernel_block_size,
-    )
-    return KVCacheManager(config, options)
