@@ -17,7 +17,9 @@ from pyagent_kv_jax.models.sharding import shard_model
 from pyagent_kv_jax.serving import SamplingParams, command_line, generate
 from pyagent_kv_jax.serving.engine import Engine, EngineConfig
 from pyagent_kv_jax.serving.generate import fitting_cache_config, serve
+from pyagent_kv_jax.serving.sampling import SamplingArrays
 from pyagent_kv_jax.serving.token_equality import compare_tokens
+from tests.distributed.hlo import collectives
 from tests.distributed.meshes import cpu_mesh
 from tests.serving.serving_models import CONFIG, answers_of, gemma_model, ragged_prompts, small_model
 
@@ -59,6 +61,19 @@ def test_a_mesh_gives_the_tokens_of_one_device(sizes, on_one_device) -> None:
     assert isinstance(engine.backend.pages, ShardedKVPages)
     engine.backend.check_invariants()
     assert engine.backend.get_num_free_blocks() == 16
+
+
+def test_no_page_travels_in_a_step_of_the_model() -> None:
+    """The largest thing any rank receives is a row of logits or weights; the pages are many times that, and donated."""
+    engine = engine_for(small_model(), cpu_mesh(dcp=2, tp=2), num_blocks=2048)
+    nobody = engine.backend.step([], [], num_rows=4).metadata
+    nobody = dataclasses.replace(nobody, max_kv_len=engine.backend.config.max_model_len)
+    arguments = np.zeros(4, np.int32), nobody, None, SamplingArrays.from_rows([], [], [], 4)
+    program = engine._step.run.lower(engine._weights, engine.backend.pages, *arguments, False).compile()
+    on_a_device = engine.backend.pages.nbytes // 4
+    assert max(received for _, received in collectives(program)) < on_a_device / 100
+    assert program.memory_analysis().alias_size_in_bytes >= on_a_device
+    assert program.memory_analysis().temp_size_in_bytes < on_a_device / 10
 
 
 def test_gemma_on_a_mesh() -> None:
