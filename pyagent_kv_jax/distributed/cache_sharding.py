@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Self
 
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pyagent_kv_jax.arguments import is_count
@@ -29,7 +29,8 @@ class CacheSharding:
     the same on every rank. Other axes of the mesh hold copies.
 
     Attributes:
-        mesh: made by the user.
+        mesh: made by the user. Axes of Explicit type, ``jax.make_mesh``'s own choice, are taken as Auto: what lies
+            where is said here, not by the types of arrays.
         context_axis: name of an axis of it; None: every rank holds all tokens of its heads.
         tensor_axis: likewise; None: every rank holds all heads.
         interleave: consecutive tokens that stay on one rank; divides ``page_size / C``.
@@ -38,7 +39,8 @@ class CacheSharding:
         strategy: of ALL_REDUCE.
 
     Raises:
-        ConfigError: an axis that the mesh lacks, one named twice, or an interleave that is no positive integer.
+        ConfigError: a mesh without devices, an axis that it lacks, one named twice, or an interleave that is no
+            positive integer.
     """
 
     mesh: Mesh
@@ -49,6 +51,11 @@ class CacheSharding:
     strategy: AllReduceStrategy = AllReduceStrategy.NCCL
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mesh, Mesh):
+            raise ConfigError(f"mesh: got {self.mesh!r}, want a jax.sharding.Mesh of devices")
+        auto = (AxisType.Auto,) * len(self.mesh.axis_names)
+        if self.mesh.axis_types != auto:
+            object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=auto))
         for name in ("context_axis", "tensor_axis"):
             axis = getattr(self, name)
             if axis is not None and axis not in self.mesh.axis_names:

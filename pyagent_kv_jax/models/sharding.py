@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
@@ -33,18 +33,19 @@ def shard_model(model: Model, sharding: CacheSharding) -> Model:
     """
     graph, state = nnx.split(model)
     config = getattr(model, "config", None)
-    placed = [
-        (path, variable.replace(place_weight(path, variable[...], sharding, config)))
-        for path, variable in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(placed))
+
+    def place(path: tuple[Any, ...], value: Any) -> jax.Array:
+        names = tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+        return place_weight(names, value, sharding, config)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(place, state))
 
 
 def place_weight(path: tuple[Any, ...], value: Any, sharding: CacheSharding, config: Any) -> jax.Array:
     """The parameter of this path, from the host or a device, on the mesh."""
     present = getattr(value, "sharding", None)
-    if isinstance(present, NamedSharding) and present.mesh == sharding.mesh:
-        return value
+    if isinstance(present, NamedSharding) and _is_same(present.mesh, sharding.mesh):
+        return jax.device_put(value, sharding.named(present.spec))  # its axes may be Explicit
     spec = weight_spec(path, value.shape, sharding, config) if isinstance(config, LlamaConfig) else P()
     place = sharding.named(spec)
     if place.is_fully_addressable:
@@ -62,7 +63,7 @@ def weight_spec(path: tuple[Any, ...], shape: tuple[int, ...], sharding: CacheSh
         sharding: of the cache.
         config: of the model.
     """
-    layer, leaf = path[-2], path[-1]
+    layer, leaf = ("", *path)[-2:]
     if layer in _BY_INPUT:
         if leaf == "bias":  # added to the sum over all ranks
             return P()
@@ -82,6 +83,11 @@ def weight_spec(path: tuple[Any, ...], shape: tuple[int, ...], sharding: CacheSh
     spec: list[Any] = [None] * len(shape)
     spec[axis] = axes or None
     return P(*spec)
+
+
+def _is_same(mesh: Any, other: Mesh) -> bool:
+    """Whether two meshes are the same devices under the same names."""
+    return mesh.axis_names == other.axis_names and np.array_equal(mesh.devices, other.devices)
 
 
 def _dividing(size: int, axes: tuple[str | None, ...], sharding: CacheSharding) -> tuple[str, ...]:

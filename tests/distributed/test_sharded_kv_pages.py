@@ -251,6 +251,7 @@ def test_pages_are_written_in_place() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"mesh": cpu_mesh(dcp=4).abstract_mesh}, "mesh: got AbstractMesh.*want a jax.sharding.Mesh of devices"),
         ({"context_axis": "ctx"}, r"context_axis: got 'ctx', want one of the mesh's axes \('dcp', 'tp'\)"),
         ({"tensor_axis": "dcp"}, "got 'dcp' twice"),
         ({"interleave": 0}, "interleave: got 0"),

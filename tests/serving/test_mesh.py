@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -20,7 +22,7 @@ from pyagent_kv_jax.serving.generate import fitting_cache_config, serve
 from pyagent_kv_jax.serving.sampling import SamplingArrays
 from pyagent_kv_jax.serving.token_equality import compare_tokens
 from tests.distributed.hlo import collectives
-from tests.distributed.meshes import cpu_mesh
+from tests.distributed.meshes import cpu_mesh, explicit_mesh
 from tests.serving.serving_models import CONFIG, answers_of, gemma_model, ragged_prompts, small_model
 
 PROMPTS = ragged_prompts(10)
@@ -77,13 +79,16 @@ def test_no_page_travels_in_a_step_of_the_model() -> None:
 
 
 def test_gemma_on_a_mesh() -> None:
-    """Two kinds of layers, with tables of their own; forks copy blocks of the pages; the prefix cache is hit."""
+    """Two kinds of layers, with tables of their own; forks copy blocks of the pages; the prefix cache is hit.
+
+    The axes are of the type that ``jax.make_mesh`` gives them, which is Explicit.
+    """
     model, _ = gemma_model()
     prompts, sampling = ragged_prompts(4, seed=3), SamplingParams(max_tokens=8, n=2, temperature=1.0, seed=5)
     config = model.config.kv_cache_config(num_blocks=256, block_size=8, max_num_reqs=8, max_model_len=128)
     first, second = (
         generate(model, prompts, sampling=sampling, cache_config=config, mesh=mesh, max_num_seqs=8)
-        for mesh in (None, cpu_mesh(dcp=2, tp=2))
+        for mesh in (None, explicit_mesh(dcp=2, tp=2))
     )
     assert [a.token_ids for a in answers_of(first)] == [a.token_ids for a in answers_of(second)]
 
@@ -104,19 +109,22 @@ def test_weights_are_spread() -> None:
     assert per_device < 0.6 * sum(param[...].nbytes for param in params.values())
 
 
-def test_other_models_say_where_their_weights_go() -> None:
-    """By ``nnx.with_partitioning``; what says nothing is the same everywhere."""
+@pytest.mark.parametrize("make_mesh", [cpu_mesh, explicit_mesh])
+def test_other_models_say_where_their_weights_go(make_mesh: Callable[..., Mesh]) -> None:
+    """By ``nnx.with_partitioning``; what says nothing is the same everywhere, and arrays need no Variable."""
 
     class Model(nnx.Module):
         def __init__(self, mesh: Mesh) -> None:
             init = nnx.with_partitioning(nnx.initializers.ones, (None, "tp"), mesh=mesh)
             self.named = nnx.Param(init(jax.random.key(0), (4, 8)), out_sharding=(None, "tp"), mesh=mesh)
             self.plain = nnx.Param(np.ones((4, 8), np.float32))
+            self.array = nnx.data(jnp.arange(3))
 
-    sharding = CacheSharding.of(cpu_mesh(dcp=2, tp=2))
-    model = shard_model(Model(sharding.mesh), sharding)
-    assert model.named[...].sharding.spec == P(None, "tp")
-    assert model.plain[...].sharding == sharding.replicated
+    mesh = make_mesh(dcp=2, tp=2)
+    sharding = CacheSharding.of(mesh)
+    model = shard_model(Model(mesh), sharding)
+    assert model.named[...].sharding == sharding.named(P(None, "tp"))
+    assert model.plain[...].sharding == model.array.sharding == sharding.replicated
 
 
 @pytest.mark.parametrize(
