@@ -34,6 +34,7 @@ DEADLINE = TIMEOUTS.peer_timeout + 1.0
 """Seconds from the kill until nothing waits for the dead side any more, and nothing is kept for it."""
 SLACK = 30.0
 """On top of it in tests, for machines that do something else besides."""
+_STARTING = 120.0  # seconds that a child may take to be ready
 _LONGEST = 1.5  # seconds of traffic before the kill
 
 
@@ -126,7 +127,7 @@ def kill_decode(count: int, seed: int, cache_dir: str | os.PathLike) -> list[Kil
                 ready: list[str] = []
                 waiting = threading.Thread(target=lambda to=ready, of=child: to.append(first_line(of)), daemon=True)
                 waiting.start()
-                serve_until(lambda to=ready: bool(to))
+                serve_until(_within(_STARTING, lambda to=ready: bool(to)))
                 read = server.instance.stats.num_blocks_read
                 killer = _Killer(child, moments.uniform(0.0, _LONGEST * 2))  # it has to begin first
                 serve_until(lambda of=killer: time.monotonic() > of.at)
@@ -154,6 +155,17 @@ def kill_decode(count: int, seed: int, cache_dir: str | os.PathLike) -> list[Kil
     finally:
         server.close()
     return kills
+
+
+def _within(seconds: float, done: Callable[[], bool]) -> Callable[[], bool]:
+    """``done``, which fails when it has been False for so long."""
+    deadline = time.monotonic() + seconds
+
+    def is_done() -> bool:
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        return done()
+
+    return is_done
 
 
 def _assert_answers(decode: DecodeInstance, alone: Engine, rng: np.random.Generator) -> None:

@@ -85,11 +85,16 @@ def process(*arguments: str, cache_dir: str | os.PathLike | None = None) -> Iter
         child.wait()
 
 
-def first_line(child: subprocess.Popen) -> str:
+def first_line(child: subprocess.Popen, seconds: float = 120.0) -> str:
+    """What it says first, which it must do within so many seconds."""
+    lines: list[str] = []
     assert child.stdout is not None
-    line = child.stdout.readline().strip()
-    assert line, "the child has ended"
-    return line
+    reading = threading.Thread(target=lambda out=child.stdout: lines.append(out.readline().strip()), daemon=True)
+    reading.start()
+    reading.join(seconds)
+    assert lines, f"the child says nothing for {seconds} s"
+    assert lines[0], "the child has ended"
+    return lines[0]
 
 
 def main() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
+
 import numpy as np
 import pytest
 
 from pyagent_kv_jax.errors import TransferError
 from pyagent_kv_jax.serving.generate import serve
-from pyagent_kv_jax.serving.handoff import DecodeInstance, RemoteLink
+from pyagent_kv_jax.serving.handoff import DecodeInstance, PrefillServer, RemoteLink
 from tests.serving.handoff_kills import DEADLINE, SLACK, kill_decode, kill_prefill
 from tests.serving.handoff_process import (
     ANSWER,
+    NAME,
     NUM_BLOCKS,
+    OPTIONS,
     TIMEOUTS,
     TOKEN,
     connected,
@@ -63,3 +69,52 @@ def test_a_killed_prefill_process(cache_dir):
 def test_a_killed_decode_process(cache_dir):
     (kill,) = kill_decode(1, 2, cache_dir)
     assert kill.noticed < DEADLINE + SLACK
+
+
+def test_a_link_connects_anew_when_the_server_is_back():
+    engine = shared_engine("decode")
+    server = PrefillServer(shared_engine("prefill"), NAME, TOKEN, timeouts=TIMEOUTS)
+    link = RemoteLink(server.address, TOKEN, engine, timeouts=TIMEOUTS, retry_seconds=0.05)
+    stop = serving(server)
+    try:
+        decode = DecodeInstance(engine, link, NAME, options=OPTIONS)
+        prompts = new_prompts(np.random.default_rng(3), 4)
+        assert decode.generate(prompts[:1], ANSWER)[0].transfer_error is None
+        stop()
+        port = int(server.address.rsplit(":", 1)[1])
+        server.close()
+        (lonely,) = decode.generate(prompts[1:2], ANSWER)
+        assert "goodbye" in str(lonely.transfer_error) or "gone" in str(lonely.transfer_error)
+        assert not link.is_open
+        server = PrefillServer(shared_engine("prefill"), NAME, TOKEN, port=port, timeouts=TIMEOUTS)
+        stop = serving(server)
+        deadline = time.monotonic() + 60.0
+        while not link.is_open:
+            assert time.monotonic() < deadline
+            assert not decode.generate([[1, 2, 3]], ANSWER)[0].failed
+            with contextlib.suppress(TransferError):
+                link.send({"kind": "cancel", "id": 99})  # whoever wants something makes it try
+            time.sleep(0.01)
+        (back,) = decode.generate(prompts[2:3], ANSWER)
+        assert back.transfer_error is None
+        assert back.num_fetched > 0
+        decode.close()
+    finally:
+        stop()
+        server.close()
+    for each in (engine, shared_engine("prefill")):
+        each.backend.check_invariants()
+        assert each.backend.get_num_free_blocks() == NUM_BLOCKS
+
+
+def serving(server):
+    """Serve in a thread; call what is returned to stop."""
+    stops = threading.Event()
+    thread = threading.Thread(target=server.serve, args=(stops.is_set,), daemon=True)
+    thread.start()
+
+    def stop():
+        stops.set()
+        thread.join()
+
+    return stop
