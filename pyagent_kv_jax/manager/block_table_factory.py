@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from jax.sharding import Mesh
+
 from pyagent_kv_jax.config import BlockTableConfig
 from pyagent_kv_jax.manager.block_table_v2 import BlockTableV2
 from pyagent_kv_jax.tables import BlockTable, SparseBlockTable
@@ -44,6 +46,8 @@ class BlockTableFactory:
         num_blocks: int | None = None,
         prediction_horizon: int = 64,
         num_nodes: int = 1,
+        mesh: Mesh | None = None,
+        axis: str = "workers",
         **sizes: int,
     ) -> BlockTableV2:
         """A table with its pool; see ``BlockTableV2``."""
@@ -54,4 +58,6 @@ class BlockTableFactory:
             num_blocks=num_blocks,
             prediction_horizon=prediction_horizon,
             num_nodes=num_nodes,
+            mesh=mesh,
+            axis=axis,
         )

@@ -18,6 +18,7 @@ from pyagent_kv_jax.errors import (
     UnknownRequestError,
 )
 from pyagent_kv_jax.manager.growth_predictor import GrowthPredictor
+from pyagent_kv_jax.pool.host_blocks import HostBlocks
 from pyagent_kv_jax.pool.host_pool import HostPool
 
 _NONE = np.zeros(0, np.int32)
@@ -58,7 +59,13 @@ class PredictiveBlockAllocator:
     """
 
     def __init__(
-        self, total_blocks: int, block_size: int = 16, prediction_horizon: int = 64, *, num_nodes: int = 1
+        self,
+        total_blocks: int,
+        block_size: int = 16,
+        prediction_horizon: int = 64,
+        *,
+        num_nodes: int = 1,
+        pool: HostBlocks | None = None,
     ) -> None:
         """All blocks free.
 
@@ -67,6 +74,7 @@ class PredictiveBlockAllocator:
             block_size: tokens of a block.
             prediction_horizon: tokens that are reserved for at most, for one request; 0: none.
             num_nodes: that NUMA_AWARE knows; divides N.
+            pool: of N blocks, all free, whose owner this becomes. None: one of ``num_nodes`` nodes.
 
         Raises:
             ConfigError: not a count of blocks, or nodes that do not divide it.
@@ -76,7 +84,7 @@ class PredictiveBlockAllocator:
             if int(integer(name, value)) < least:
                 raise InvalidArgumentError(f"{name}: got {value}, want at least {least}")
         self._horizon = -(-prediction_horizon // block_size)
-        self._pool = HostPool(total_blocks, num_nodes)
+        self._pool = HostPool(total_blocks, num_nodes) if pool is None else pool
         self._lock = threading.Lock()
         self._requests: dict[str, _Request] = {}
         self._holders: dict[int, list[_Request | None]] = {}  # of each block, one for each reference; None: nobody
@@ -101,7 +109,7 @@ class PredictiveBlockAllocator:
             strategy: which blocks, in this call. None, SCATTERED: those in reserve, then in the pool's own order.
                 PREDICTIVE: the same, and reserve ahead whatever ``predict_future`` says. CONTIGUOUS, NUMA_AWARE: from
                 the pool alone; nothing is reserved.
-            node: of NUMA_AWARE.
+            node: of NUMA_AWARE; of a pool that ``knows_nodes``, also where blocks that are not in reserve come from.
 
         Returns:
             i32[num_blocks].
@@ -115,13 +123,13 @@ class PredictiveBlockAllocator:
         if count < 0:
             raise InvalidArgumentError(f"num_blocks: got {count}, want 0 or more")
         policy, ahead = strategy or BlockAllocationStrategy.SCATTERED, strategy in _AHEAD
-        if ahead and node is not None:
+        if ahead and node is not None and not self._pool.knows_nodes:
             raise InvalidArgumentError(f"node: got {node!r} with '{policy}', want one with 'numa_aware' only")
         with self._lock:
             request = self._requests.get(request_id, _Request(request_id))
             if ahead:
                 predicts = predict_future or policy == BlockAllocationStrategy.PREDICTIVE
-                ids = self._allocate_ahead(request, count, predicts)
+                ids = self._allocate_ahead(request, count, predicts, node)
             else:
                 ids = self._allocate_by(policy, node, count)
             self._requests[request_id] = request
@@ -140,8 +148,7 @@ class PredictiveBlockAllocator:
         """
         ids = _ids(block_ids)
         with self._lock:
-            reserved = np.concatenate([_NONE, *(request.reserved for request in self._requests.values())])
-            if (taken := ids[np.isin(ids, reserved)]).size:
+            if (taken := ids[np.isin(ids, self._reserved())]).size:
                 raise InvalidBlockError(f"blocks: got {taken[:20].tolist()}, which are in reserve, want blocks given")
             self._pool.free(ids)
             for block in ids.tolist():
@@ -186,6 +193,12 @@ class PredictiveBlockAllocator:
             return self._num_free()
 
     @property
+    def reserved(self) -> np.ndarray:
+        """Blocks in reserve, i32[n]."""
+        with self._lock:
+            return self._reserved()
+
+    @property
     def num_reserved(self) -> int:
         """Blocks in reserve."""
         with self._lock:
@@ -198,7 +211,7 @@ class PredictiveBlockAllocator:
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _allocate_ahead(self, request: _Request, count: int, predicts: bool) -> np.ndarray:
+    def _allocate_ahead(self, request: _Request, count: int, predicts: bool, node: int | None) -> np.ndarray:
         found = min(count, len(request.reserved))
         missing = count - found
         if missing:
@@ -211,7 +224,7 @@ class PredictiveBlockAllocator:
                 ahead = 0
             if missing > self._pool.num_free:
                 self._give_back_all(but=request)
-            fresh = self._pool.allocate(missing + ahead)
+            fresh = self._pool.allocate(missing + ahead, node=node)
             self.round_trips += 1
         else:
             fresh = _NONE
@@ -260,6 +273,9 @@ class PredictiveBlockAllocator:
     def _note_holder(self, ids: np.ndarray, holder: _Request | None) -> None:
         for block in ids.tolist():
             self._holders.setdefault(block, []).append(holder)
+
+    def _reserved(self) -> np.ndarray:
+        return np.concatenate([_NONE, *(request.reserved for request in self._requests.values())])
 
     def _num_reserved(self) -> int:
         return sum(len(request.reserved) for request in self._requests.values())

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from pyagent_kv_jax.config import BlockAllocationStrategy
-from pyagent_kv_jax.errors import DoubleFreeError, InvalidArgumentError, InvalidBlockError, OutOfBlocksError
+from pyagent_kv_jax.errors import DoubleFreeError, InvalidArgumentError, OutOfBlocksError
 from pyagent_kv_jax.pool.allocation_strategy import allocate_blocks, require_allocated, require_nodes
 from pyagent_kv_jax.pool.block_pool import BlockPool
+from pyagent_kv_jax.pool.host_blocks import HostBlocks
 from pyagent_kv_jax.pool.queues import Counters
 from pyagent_kv_jax.tables.host_step import made_on_host
 from pyagent_kv_jax.tables.padding import padded, power_of_two
@@ -19,7 +20,7 @@ from pyagent_kv_jax.tables.padding import padded, power_of_two
 _FEWEST = 16  # blocks; shorter lists are padded to as many, so that few programs are compiled
 
 
-class HostPool:
+class HostPool(HostBlocks):
     """Owns a ``BlockPool`` and donates it to each call. Not thread-safe: a lock is above it.
 
     Whatever raises does so before anything changes.
@@ -51,16 +52,16 @@ class HostPool:
 
     @property
     def num_blocks(self) -> int:
-        """N."""
+        """See ``HostBlocks``."""
         return self._pool.num_blocks
 
     @property
     def num_free(self) -> int:
-        """Free blocks."""
+        """See ``HostBlocks``."""
         return int(Counters(*np.asarray(self._pool.counters)).num_free)
 
     def ref_counts(self) -> np.ndarray:
-        """References of every block, i32[N]; valid until the next call."""
+        """See ``HostBlocks``."""
         return np.asarray(self._pool.ref_counts)
 
     def allocate(
@@ -69,12 +70,7 @@ class HostPool:
         strategy: BlockAllocationStrategy = BlockAllocationStrategy.SCATTERED,
         node: int | None = None,
     ) -> np.ndarray:
-        """``count`` blocks, i32[count], each with one reference.
-
-        Raises:
-            OutOfBlocksError: fewer are free, or no run is as long.
-            InvalidArgumentError: a negative count, or a strategy or node that the pool cannot serve.
-        """
+        """See ``HostBlocks``."""
         if count < 0:
             raise InvalidArgumentError(f"count: got {count}, want 0 or more")
         if strategy != BlockAllocationStrategy.SCATTERED or node is not None:
@@ -96,43 +92,16 @@ class HostPool:
         return np.asarray(admission.ids)[:count].copy()
 
     def take(self, ids: np.ndarray) -> None:
-        """One more reference to each of these very blocks i32[n], free or in use.
-
-        Raises:
-            InvalidBlockError: an id outside the pool.
-        """
+        """See ``HostBlocks``."""
         self.check_inside(ids)
         if len(ids):
             self._pool = _take(self._pool, padded(ids, _padded_size(len(ids))))
 
     def free(self, ids: np.ndarray) -> None:
-        """Drop one reference to each block i32[n], in their order.
-
-        Raises:
-            InvalidBlockError: an id outside the pool.
-            DoubleFreeError: fewer references than are dropped.
-        """
+        """See ``HostBlocks``."""
         self.check_held(ids, DoubleFreeError)
         if len(ids):
             self._pool = _free(self._pool, padded(ids, _padded_size(len(ids))))
-
-    def check_inside(self, ids: np.ndarray, name: str = "blocks") -> None:
-        """Raise ``InvalidBlockError`` where an id i32[n] is outside the pool."""
-        outside = ids[(ids < 0) | (ids >= self.num_blocks)]
-        if len(outside):
-            raise InvalidBlockError(f"{name}: got {outside[:20].tolist()}, want 0 to {self.num_blocks - 1}")
-
-    def check_held(self, ids: np.ndarray, error: type[InvalidBlockError], name: str = "blocks") -> None:
-        """Raise ``error`` where a block has fewer references than it is named among ``ids`` i32[n].
-
-        Raises:
-            InvalidBlockError: an id outside the pool.
-        """
-        self.check_inside(ids, name)
-        named, times = np.unique(ids, return_counts=True)
-        lacking = named[self.ref_counts()[named] < times]
-        if len(lacking):
-            raise error(f"{name}: got {lacking[:20].tolist()}, want blocks with that many references")
 
 
 def _padded_size(count: int) -> int:

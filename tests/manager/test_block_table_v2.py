@@ -28,11 +28,18 @@ from pyagent_kv_jax import (
     TableFullError,
     UnknownRequestError,
 )
+from tests.distributed.meshes import cpu_mesh
 from tests.tables.table_model import TableModel
 
 ROWS, WIDTH, BLOCK, BLOCKS = 4, 5, 4, 12
 CONFIG = BlockTableConfig(BLOCK, ROWS, WIDTH)
-FORMS = [(sparse, prediction) for sparse in (False, True) for prediction in (False, True)]
+DEVICES, PER_DEVICE = 6, 2  # few each: rows spill often
+FORMS = [
+    (sparse, prediction, devices)
+    for sparse in (False, True)
+    for prediction in (False, True)
+    for devices in (0, DEVICES)
+]
 
 any_row = st.one_of(st.integers(0, ROWS - 1), st.integers(0, ROWS - 1), st.integers(-1, ROWS))
 names = st.sampled_from("abcd")
@@ -42,7 +49,12 @@ STRATEGIES = [None, None, BlockAllocationStrategy.SCATTERED, BlockAllocationStra
 class V2Machine(RuleBasedStateMachine):
     @initialize(form=st.sampled_from(FORMS))
     def make(self, form) -> None:
-        self.v2 = BlockTableV2(CONFIG, *form, num_blocks=BLOCKS, prediction_horizon=12)
+        sparse, prediction, self.devices = form
+        mesh = cpu_mesh(own=DEVICES) if self.devices else None
+        self.v2 = BlockTableV2(
+            CONFIG, sparse, prediction, num_blocks=BLOCKS, prediction_horizon=12, mesh=mesh, axis="own"
+        )
+        self.spilled = 0
         self.model = TableModel(ROWS, WIDTH, BLOCK)
         self.row_of: dict[str, int] = {}
         self.given = self.returned = 0
@@ -77,17 +89,23 @@ class V2Machine(RuleBasedStateMachine):
         tokens=st.one_of(st.none(), st.integers(-1, 9)),
         strategy=st.sampled_from(STRATEGIES),
         own=st.booleans(),
+        node=st.sampled_from([None, None, None, 0, 2, -1, DEVICES]),
     )
-    def allocate_for_request(self, name, row, count, tokens, strategy, own) -> None:
-        row = self.row_of.get(name, row) if own else row
-        wrong = self.why_not_allocate(name, row, count, tokens)
+    def allocate_for_request(self, name, row, count, tokens, strategy, own, node) -> None:
+        row, node = self.row_of.get(name, row) if own else row, node if self.devices else None
+        wrong = self.why_not_allocate(name, row, count, tokens, node)
+        near, places = (-1, []) if wrong or not self.devices else self.places(name, row, count, strategy, node)
         ids = self.attempt(
-            wrong, lambda: self.v2.allocate_for_request(name, row, count, num_tokens=tokens, strategy=strategy)
+            wrong,
+            lambda: self.v2.allocate_for_request(name, row, count, num_tokens=tokens, strategy=strategy, node=node),
         )
         if wrong:
             return
         assert len(ids) == count
         assert not set(ids.tolist()) & self.used()
+        if self.devices:
+            assert (ids // PER_DEVICE).tolist() == places
+            self.spilled += sum(device != near for device in places) if near >= 0 else 0
         room = (len(self.model.blocks[row]) + count) * BLOCK - self.model.tokens[row]
         self.model.append(row, ids.tolist(), room if tokens is None else tokens)
         self.row_of[name] = row
@@ -97,7 +115,7 @@ class V2Machine(RuleBasedStateMachine):
     def grow(self, name, calls) -> None:
         """Block by block: else hardly anything would ever be reserved."""
         for _ in range(calls):
-            self.allocate_for_request(name, "abcd".index(name), 1, None, None, True)
+            self.allocate_for_request(name, "abcd".index(name), 1, None, None, True, None)
 
     @rule(row=any_row)
     def append_a_reserved_block(self, row) -> None:
@@ -107,12 +125,31 @@ class V2Machine(RuleBasedStateMachine):
     def reserved(self) -> list[int]:
         return [block for request in self.v2._allocator._requests.values() for block in request.reserved.tolist()]
 
-    def why_not_allocate(self, name, row, count, tokens) -> type[KVCacheError] | None:
+    def places(self, name, row, count, strategy, node) -> tuple[int, list[int]]:
+        """The device that comes first, -1 for none, and that of each new block, one block after another."""
+        requests = self.v2._allocator._requests
+        own = requests[name].reserved.tolist() if name in requests else []
+        left = [0] * DEVICES
+        for block in set(range(BLOCKS)) - self.used() - set(self.reserved()):
+            left[block // PER_DEVICE] += 1
+        if node is None and strategy is not BlockAllocationStrategy.SCATTERED:
+            blocks = self.model.blocks[row]
+            node = blocks[-1] // PER_DEVICE if blocks else max(range(DEVICES), key=lambda device: left[device])
+        near = -1 if node is None else node
+        if sum(left) < count - len(own):  # the reserves of others are given back
+            for block in set(self.reserved()) - set(own):
+                left[block // PER_DEVICE] += 1
+        places = [block // PER_DEVICE for block in own[:count]]
+        others = sorted((d for d in range(DEVICES) if d != near), key=lambda d: -left[d])
+        order = [device for d in [near, *others] if d >= 0 for device in [d] * left[d]]
+        return near, places + order[: count - len(places)]
+
+    def why_not_allocate(self, name, row, count, tokens, node) -> type[KVCacheError] | None:
         if not self.model.has_row(row) or any(at == row and other != name for other, at in self.row_of.items()):
             return InvalidArgumentError
         if self.row_of.get(name, row) != row:
             return DuplicateRequestError
-        if count < 0:
+        if count < 0 or node in (-1, DEVICES):
             return InvalidArgumentError
         wrong = self.model.why_not_append(row, [0] * count, tokens or 0)
         return wrong or (OutOfBlocksError if count > BLOCKS - len(self.used()) else None)
@@ -168,6 +205,8 @@ class V2Machine(RuleBasedStateMachine):
         assert stats.num_empty_slots == slots - tokens
         assert stats.empty_slot_share == ((slots - tokens) / slots if slots else 0.0)
         assert stats.table_bytes == self.v2._rows.methods.nbytes
+        used = tuple(sum(block // PER_DEVICE == device for block in self.used()) for device in range(self.devices))
+        assert (stats.num_used_by_device, stats.num_spilled) == (used, self.spilled)
 
     def teardown(self) -> None:
         """Handed-out tables are what they were; nothing is left of rows that were cleared."""
@@ -183,7 +222,7 @@ class V2Machine(RuleBasedStateMachine):
 
 
 TestV2Machine = V2Machine.TestCase
-TestV2Machine.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+TestV2Machine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

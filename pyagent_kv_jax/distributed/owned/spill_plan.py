@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pyagent_kv_jax.pool.admission import serve
 from pyagent_kv_jax.tables.ragged import offsets_from_lengths, rows_of_entries
@@ -74,3 +75,18 @@ def plan_spill(
     places = jnp.take_along_axis(given, jnp.minimum(owners, num_devices - 1)[:, None], axis=1)[:, 0] - 1
     taken = given[-1] if capacity else jnp.zeros_like(num_free)
     return SpillPlan(owners.astype(jnp.int32), places, row_offsets, ok, taken)
+
+
+def spill_of_row(num_free: np.ndarray, count: int, device: int) -> list[tuple[int, int]]:
+    """``plan_spill`` of one row, on the host: (device, blocks that it gives), in the order of the row's blocks.
+
+    Args:
+        num_free: i64[D], at least ``count`` in all.
+        count: blocks wanted.
+        device: the row's own; -1: none.
+    """
+    own = np.arange(len(num_free)) == device
+    order = np.lexsort((-num_free, ~own))  # stable: of equals the lowest
+    ends = np.minimum(np.cumsum(num_free[order]), count)
+    gives = np.diff(ends, prepend=0)
+    return [(int(order[i]), int(gives[i])) for i in np.flatnonzero(gives)]
