@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
+from pyagent_kv_jax.distributed.sharded_kv_pages import ShardedKVPages
 from pyagent_kv_jax.errors import CallbackError, InvalidArgumentError
 from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
 from pyagent_kv_jax.manager.options import ManagerOptions
+from pyagent_kv_jax.models.sharding import shard_model
 from pyagent_kv_jax.serving.cache_backend import CacheBackend
 from pyagent_kv_jax.serving.engine import Engine, EngineConfig
 from pyagent_kv_jax.serving.request import FinishReason, Request
@@ -69,7 +71,8 @@ def generate(
         prompts: token ids, one sequence a prompt.
         sampling: for all prompts, or one for each.
         cache_config: sizes of a paged cache made for this call. None: ``fitting_cache_config``.
-        backend: a cache to serve through, instead of ``cache_config``; its other requests are left alone.
+        backend: a cache to serve through, instead of ``cache_config``; its other requests are left alone. Over several
+            processes each has one of its own, used in calls that all of them make, and not by itself.
         mesh: devices to spread the weights and the cache over: K and V by head over axis "tp", by token over axis
             "dcp" (decode context parallel), weights over both. A ``CacheSharding`` where axes have other names, or for
             its choices. None: one device, or where ``backend`` is. Where the devices are of several processes
@@ -197,19 +200,22 @@ def _generate_on_hosts(
     model: nnx.Module, backend: KVCacheManager, sizes: EngineConfig, prompts: Any, params: Any, **options: Any
 ) -> list[GenerationResult]:
     """``serve`` on a mesh of several processes, each of which makes this call."""
-    assert backend.sharding is not None
-    told = Told(backend.sharding.mesh)
+    told = Told.of(backend)
     tokens = [list(prompt) for prompt in prompts]  # of an array, repr leaves out the middle
     check_same_call(told, prompts=tokens, sampling=params, cache=backend.config, sizes=sizes)
+    assert backend.sharding is not None
+    model = shard_model(model, backend.sharding)  # what is wrong with weights or pages is raised on all processes,
+    assert isinstance(backend.pages, ShardedKVPages)  # before any of them waits for another
     if not told.is_source:
-        answers = follow(model, backend.config, backend.sharding, told)["answers"]
-        return [_unpacked(answer) for answer in json.loads(answers)]
+        return [_unpacked(answer) for answer in json.loads(follow(model, backend, told)["answers"])]
     backend.before_page_moves(lambda move, ids: told.say(move, ids={str(i): each for i, each in enumerate(ids)}))
-    engine = Engine(model, backend, sizes, wrap_step=lambda step: ToldStep(step, told))
+
+    def served() -> list[GenerationResult]:
+        engine = Engine(model, backend, sizes, wrap_step=lambda step: ToldStep(step, told))
+        return serve(engine, prompts, params, **options)
+
     return lead(
-        told,
-        lambda: serve(engine, prompts, params, **options),
-        lambda results: {"answers": json.dumps([dataclasses.asdict(result) for result in results])},
+        told, served, lambda results: {"answers": json.dumps([dataclasses.asdict(result) for result in results])}
     )
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
@@ -22,12 +23,9 @@ from jax.sharding import Mesh
 from pyagent_kv_jax import errors
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.kv_pages import PAGE_MOVES
-from pyagent_kv_jax.config import KVCacheConfig
-from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
 from pyagent_kv_jax.distributed.replicas import check_replicas
-from pyagent_kv_jax.distributed.sharded_kv_pages import ShardedKVPages
 from pyagent_kv_jax.errors import ConfigError, InvalidArgumentError, KVCacheError
-from pyagent_kv_jax.models.sharding import shard_model
+from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
 from pyagent_kv_jax.serving.compiled_step import CompiledStep, StepOutput, split_model
 from pyagent_kv_jax.serving.sampling import SamplingArrays
 
@@ -45,17 +43,34 @@ def spans_processes(mesh: Mesh) -> bool:
     if members == {jax.process_index()}:
         return False
     if members != set(range(jax.process_count())):
-        raise ConfigError(f"mesh: got devices of processes {sorted(members)}, want of all {jax.process_count()} or one")
+        raise ConfigError(
+            f"mesh: got devices of processes {sorted(members)}, want of all {jax.process_count()}, or of this one, "
+            f"{jax.process_index()}, alone"
+        )
     return True
 
 
 class Told:
-    """What process 0 says to all, and a record of it. Every method is called by all processes alike, in one order."""
+    """What process 0 says to all, and a record of it. Every method is called by all processes alike, in one order.
+
+    Attributes:
+        is_source: whether this is process 0.
+        tokens: i32[rows], what this process has of the tokens that the last step chose; None before the first.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self.is_source = jax.process_index() == 0
+        self.tokens: Any = None
         self._mesh = mesh
         self._record = hashlib.sha256()
+
+    @classmethod
+    def of(cls, backend: KVCacheManager) -> Self:
+        """One for as long as the cache lives: what it holds comes of all that was ever said."""
+        if backend not in _TOLD:
+            assert backend.sharding is not None
+            _TOLD[backend] = cls(backend.sharding.mesh)
+        return _TOLD[backend]
 
     def say(self, kind: str, **content: Any) -> tuple[str, dict[str, Any]]:
         """Process 0's ``kind`` and ``content`` (numpy arrays, numbers, strings, lists and dicts), on every process.
@@ -72,13 +87,16 @@ class Told:
         return said["kind"], said["content"]
 
     def check_alike(self, what: str, **values: Any) -> None:
-        """Raise on every process unless ``values``, and all that was said so far, are the same on all.
+        """Raise on every process unless ``values``, ``tokens`` and all that was said so far are the same on all.
 
         Raises:
             ReplicaDriftError: they are not; it names the value.
         """
         said = np.frombuffer(self._record.digest(), np.uint8)
-        check_replicas({what: {"said": said, **values}}, self._mesh)
+        check_replicas({what: {"said": said, "tokens": self.tokens, **values}}, self._mesh)
+
+
+_TOLD: weakref.WeakKeyDictionary[KVCacheManager, Any] = weakref.WeakKeyDictionary()
 
 
 def _broadcast(array: np.ndarray) -> np.ndarray:
@@ -105,38 +123,44 @@ class ToldStep(CompiledStep):
         arguments = _packed_arguments(tokens, meta, logits_at, sampling, with_margins)
         self._told.say("step", **arguments)
         pages, output = self._step.run(weights, pages, tokens, meta, logits_at, sampling, with_margins)
-        self.num_traces = self._step.num_traces
+        self.num_traces, self._told.tokens = self._step.num_traces, output.tokens
         self._count += 1
         if self._count % STEPS_BETWEEN_CHECKS == 0:
             self._told.say("check")
-            self._told.check_alike(f"step {self._count}", tokens=output.tokens)
+            self._told.check_alike(f"step {self._count}")
         return pages, output
 
 
-def follow(model: nnx.Module, config: KVCacheConfig, sharding: CacheSharding, told: Told) -> dict[str, Any]:
+def follow(model: nnx.Module, backend: KVCacheManager, told: Told) -> dict[str, Any]:
     """On every process but 0: run what it runs until it is done; what it said then.
+
+    Args:
+        model: its weights on the mesh.
+        backend: of which only the pages are used.
+        told: of ``backend``.
 
     Raises:
         KVCacheError: process 0 gave up; its error, of the same class where it is one of this library's.
         ReplicaDriftError: this process and others were not told, or did not compute, the same.
     """
-    step, weights = split_model(shard_model(model, sharding), sharding.replicated)
-    pages: Any = ShardedKVPages.create(config, sharding)
-    output, count = None, 0
+    assert backend.sharding is not None
+    step, weights = split_model(model, backend.sharding.replicated)
+    count = 0
     while True:
         kind, content = told.say("")
         if kind == "step":
-            pages, output = step.run(weights, pages, *_unpacked_arguments(content))
-            count += 1
+            backend.pages, output = step.run(weights, backend.pages, *_unpacked_arguments(content))
+            told.tokens, count = output.tokens, count + 1
         elif kind == "check":
-            told.check_alike(f"step {count}", tokens=None if output is None else output.tokens)
+            told.check_alike(f"step {count}")
         elif kind == "done":
+            told.check_alike("the last step")
             return content
         elif kind == "failed":
             raise getattr(errors, content["error"], KVCacheError)(content["message"])
         else:
             ids = content["ids"]
-            pages = PAGE_MOVES[kind](pages, *(ids[str(i)] for i in range(len(ids))))  # type: ignore[index]
+            backend.pages = PAGE_MOVES[kind](backend.pages, *(ids[str(i)] for i in range(len(ids))))  # type: ignore[index]
 
 
 def lead(told: Told, serve: Callable[[], _Result], pack: Callable[[_Result], dict[str, Any]]) -> _Result:
@@ -149,6 +173,7 @@ def lead(told: Told, serve: Callable[[], _Result], pack: Callable[[_Result], dic
         told.say("failed", error=type(error).__name__, message=f"process 0: {error}")
         raise
     told.say("done", **pack(results))
+    told.check_alike("the last step")
     return results
 
 
