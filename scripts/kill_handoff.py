@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     kills: list[Kill] = []
-    with tempfile.TemporaryDirectory() as cache_dir:
+    with tempfile.TemporaryDirectory() as name:
+        cache_dir = pathlib.Path(name)
         kills += kill_prefill(arguments.kills // 2, arguments.seed, cache_dir)
         kills += kill_decode(arguments.kills - arguments.kills // 2, arguments.seed, cache_dir)
     for kill in kills:

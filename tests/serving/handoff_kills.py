@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import pathlib
 import random
 import subprocess
 import threading
@@ -26,7 +26,7 @@ from tests.serving.handoff_process import (
     connected,
     first_line,
     new_prompts,
-    process,
+    process_to_kill,
     shared_engine,
 )
 
@@ -65,16 +65,17 @@ class _Killer(threading.Thread):
         assert time.monotonic() < self.at + DEADLINE + SLACK, "the survivor has not noticed"
 
 
-def kill_prefill(count: int, seed: int, cache_dir: str | os.PathLike) -> list[Kill]:
+def kill_prefill(count: int, seed: int, cache_dir: pathlib.Path) -> list[Kill]:
     """Kill the prefill process under a decode instance in this one, so many times."""
     engine, alone, moments = shared_engine("decode"), shared_engine("alone"), random.Random(seed)
     kills = []
     for number in range(count):
         rng = np.random.default_rng((seed, number))
-        with process("prefill", TOKEN, cache_dir=cache_dir) as child:
+        with process_to_kill("prefill", TOKEN, cache_dir=cache_dir) as (child, keep):
             decode = connected(engine, first_line(child), on_failure=("recompute", "fail")[number % 2])
             _assert_answers(decode, alone, rng)
             assert decode.link.is_open
+            keep()
             killer = _Killer(child, moments.uniform(0.0, _LONGEST))
             entries, prompts, noticed = _traffic_until_an_error(decode, rng, killer)
         for entry in entries:
@@ -111,7 +112,7 @@ def _traffic_until_an_error(
     return entries, prompts, noticed
 
 
-def kill_decode(count: int, seed: int, cache_dir: str | os.PathLike) -> list[Kill]:
+def kill_decode(count: int, seed: int, cache_dir: pathlib.Path) -> list[Kill]:
     """Kill decode processes that ask a prefill instance in this one, so many times."""
     engine, alone, moments = shared_engine("decode"), shared_engine("alone"), random.Random(seed)
     server = PrefillServer(shared_engine("prefill"), NAME, TOKEN, timeouts=TIMEOUTS)
@@ -123,13 +124,14 @@ def kill_decode(count: int, seed: int, cache_dir: str | os.PathLike) -> list[Kil
     try:
         for number in range(count):
             rng = np.random.default_rng((seed, number))
-            with process("decode", TOKEN, server.address, cache_dir=cache_dir) as child:
+            with process_to_kill("decode", TOKEN, server.address, cache_dir=cache_dir) as (child, keep):
                 ready: list[str] = []
                 waiting = threading.Thread(target=lambda to=ready, of=child: to.append(first_line(of)), daemon=True)
                 waiting.start()
                 serve_until(_within(_STARTING, lambda to=ready: bool(to)))
+                keep()
                 read = server.instance.stats.num_blocks_read
-                killer = _Killer(child, moments.uniform(0.0, _LONGEST * 2))  # it has to begin first
+                killer = _Killer(child, moments.uniform(0.0, _LONGEST))
                 serve_until(lambda of=killer: time.monotonic() > of.at)
                 kept = len(server.instance.leases) + server.instance.num_under_way
 

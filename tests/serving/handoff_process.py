@@ -1,7 +1,7 @@
 """One side of a handoff in a process of its own, for tests and ``scripts/kill_handoff.py``.
 
 python -m tests.serving.handoff_process prefill TOKEN           prints its address and serves
-python -m tests.serving.handoff_process decode TOKEN ADDRESS    prints "ready" and asks for prompts without end
+python -m tests.serving.handoff_process decode TOKEN ADDRESS    asks without end; prints "ready" after the first answers
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import contextlib
 import functools
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -85,6 +87,22 @@ def process(*arguments: str, cache_dir: str | os.PathLike | None = None) -> Iter
         child.wait()
 
 
+@contextlib.contextmanager
+def process_to_kill(*arguments: str, cache_dir: pathlib.Path) -> Iterator[tuple[subprocess.Popen, Callable[[], None]]]:
+    """A child that reads what is in ``cache_dir`` and writes elsewhere: killed in between, it leaves half a file.
+
+    Gives the child, and a function that keeps what it has compiled, to be called while it compiles nothing.
+    """
+    with tempfile.TemporaryDirectory() as own:
+        shutil.copytree(cache_dir, own, dirs_exist_ok=True)
+
+        def keep() -> None:
+            shutil.copytree(own, cache_dir, dirs_exist_ok=True)
+
+        with process(*arguments, cache_dir=own) as child:
+            yield child, keep
+
+
 def first_line(child: subprocess.Popen, seconds: float = 120.0) -> str:
     """What it says first, which it must do within so many seconds."""
     lines: list[str] = []
@@ -108,6 +126,7 @@ def main() -> None:
     else:
         decode = connected(engine, sys.argv[3], sys.argv[2])
         rng = np.random.default_rng(0)
+        decode.generate(new_prompts(rng), ANSWER)
         print("ready", flush=True)
         while True:
             decode.generate(new_prompts(rng), ANSWER)

@@ -312,7 +312,34 @@ def test_more_prompts_than_rows_and_than_blocks():
     assert [each.token_ids for each in done] == single(prompts)
 
 
+def test_a_late_release_is_nobodys_failure():
+    decode = pair()
+    decode.link.send({"kind": "release", "lease": "lease:99"})
+    assert decode.link.poll() == []
+    decode.link.send({"kind": "fetch", "id": 5, "lease": "lease:99", "part": 0, "places": []})
+    assert [answer["id"] for answer in decode.link.poll()] == [5]
+
+
+def test_a_load_without_room_waits_for_it():
+    decode = pair()
+    decode.manager.allocate("most", 8 * 12)
+    decode.manager.allocate("more", 8 * 12)
+    running = decode.submit(prompts_of(80, seed=4)[0][:80], dataclasses.replace(ANSWER, max_tokens=16))
+    waiting = decode.submit(prompts_of(85, seed=5)[0], ANSWER)
+    third = decode.submit(prompts_of(85, seed=6)[0], ANSWER)
+    while decode.has_unfinished:
+        decode.step()
+    assert [entry.transfer_error for entry in (running, waiting, third)] == [None] * 3
+    assert [entry.num_fetched for entry in (running, waiting, third)] == [9, 10, 10]
+    decode.manager.free("most")
+    decode.manager.free("more")
+    assert_all_given_back(decode)
+
+
 def test_bad_input():
+    for wrong in ({"seconds": 0}, {"chunk_bytes": 0}, {"window": 0}):
+        with pytest.raises(InvalidArgumentError, match="positive"):
+            LoadOptions(**wrong)
     with pytest.raises(ConfigError, match="max_num_reqs: got 4"):
         pair(make_engine(cache_config(max_num_reqs=4)))
     with pytest.raises(ConfigError, match="prefix_caching"):

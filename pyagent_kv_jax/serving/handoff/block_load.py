@@ -11,7 +11,7 @@ import numpy as np
 
 from pyagent_kv_jax.distributed.handoff.block_transfer import CHUNK_BYTES, blocks_of_bytes, chunks
 from pyagent_kv_jax.distributed.handoff.messages import Message
-from pyagent_kv_jax.errors import OutOfBlocksError, TransferError
+from pyagent_kv_jax.errors import InvalidArgumentError, OutOfBlocksError, TransferError
 from pyagent_kv_jax.manager.block_import import PrefixHold
 from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
 from pyagent_kv_jax.serving.handoff.prefill_link import PendingBlocks, PrefillLink
@@ -25,11 +25,18 @@ class LoadOptions:
         seconds: a load that has taken so long, the other side's computing included, has failed.
         chunk_bytes: blocks of about so many bytes travel together.
         window: so many such parts are under way at a time, so that reading, sending and writing overlap.
+
+    Raises:
+        InvalidArgumentError: not positive.
     """
 
     seconds: float = 60.0
     chunk_bytes: int = CHUNK_BYTES
     window: int = 3
+
+    def __post_init__(self) -> None:
+        if not (self.seconds > 0 and self.chunk_bytes >= 1 and self.window >= 1):
+            raise InvalidArgumentError(f"got {self}, want positive numbers")
 
 
 DEFAULT_LOAD_OPTIONS = LoadOptions()
@@ -118,6 +125,7 @@ class BlockLoad:
             except OutOfBlocksError:
                 self.lacks_room = True  # until requests end
                 return False
+            self.lacks_room = False
         moved = self._write_what_came()
         self._ask_for_more()
         if not self._pulls and not self._asked:

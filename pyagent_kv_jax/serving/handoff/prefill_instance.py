@@ -106,7 +106,8 @@ class PrefillInstance:
             try:
                 handler(peer, message)
             except KVCacheError as error:
-                self._fail(peer, message.get("id", 0), error)
+                if "id" in message:  # a late release of what has expired is nobody's failure
+                    self._fail(peer, message["id"], error)
 
     def drop_peer(self, peer: str) -> None:
         """Give back all that is kept for a peer that is gone."""
@@ -115,7 +116,8 @@ class PrefillInstance:
             if who == peer:
                 del self._running[request_id]
                 self.engine.abort(request)
-        self.leases.end_those_of(peer)
+        if self.leases.end_those_of(peer):
+            self._lacks_blocks = False
         for uuid in self._staged.pop(peer, []):
             self._stage.drop(uuid)
         self._tidy()
@@ -141,7 +143,9 @@ class PrefillInstance:
         staged = self._staged.setdefault(peer, [])
         if len(staged) >= _MOST_STAGED:
             raise TransferError(f"fetch: got part {message['part']} with {len(staged)} parts waiting, want fewer")
-        places = np.array(message["places"], np.int32).reshape(-1, 2)
+        if not message["places"]:
+            raise TransferError(f"fetch: got no places for part {message['part']}, want at least one")
+        places = np.array(message["places"], np.int32)
         blocks = self.manager.read_hold(hold_id, places)
         uuid = self._stage.put(blocks)
         staged.append(uuid)

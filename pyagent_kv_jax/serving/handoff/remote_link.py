@@ -79,7 +79,10 @@ class PrefillServer:
                 self.instance.receive(peer, message)
         self.instance.step()
         for peer, reply in self.instance.replies():
-            self.channel.send(peer, reply)
+            try:
+                self.channel.send(peer, reply)
+            except TransferError as error:  # too long for a message
+                self.channel.send(peer, {"kind": "failed", "id": reply["id"], "reason": str(error)})
 
     def serve(self, until: Callable[[], bool] = lambda: False) -> None:
         """Work until ``until()``, looked at between steps."""

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from pyagent_kv_jax import DType, KVCacheConfig, KVPages
-from pyagent_kv_jax.distributed.handoff.block_transfer import read_blocks
+from pyagent_kv_jax.distributed.handoff.block_transfer import read_blocks, write_blocks
 from pyagent_kv_jax.distributed.handoff.bulk_transfer import BulkEndpoint
 from pyagent_kv_jax.errors import TransferError
+from tests.distributed.handoff.test_block_transfer import all_content, filled, on_mesh
 
 CONFIG = KVCacheConfig(2, 2, 8, num_blocks=4, block_size=4, dtype=DType.BFLOAT16)
 
@@ -49,6 +50,16 @@ def test_blocks_arrive_bit_for_bit_on_the_device_of_the_end_that_pulls(ends):
     np.testing.assert_array_equal(found.k, blocks.k)
     np.testing.assert_array_equal(found.v, blocks.v)
     assert found.k.devices() == {jax.devices("cpu")[1]}
+
+
+def test_between_meshes_that_lie_differently(ends):
+    giver, taker = ends
+    source, target = (filled(on_mesh(CONFIG, *sizes), seed) for seed, sizes in enumerate([(2, 1), (1, 2, 2, 4)]))
+    wanted = [all_content(source, block) for block in (0, 3)]
+    uuid = giver.put(read_blocks(source, [0, 3]))
+    target = write_blocks(target, [2, 1], arrived(taker.pull(giver.address, uuid, CONFIG, 2)))
+    giver.fetched(uuid)
+    assert [all_content(target, block) for block in (2, 1)] == wanted
 
 
 def test_numbers_cannot_be_guessed(ends):
