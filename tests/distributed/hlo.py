@@ -15,13 +15,17 @@ _ARRAY = re.compile(r"(?P<dtype>pred|[a-z]+\d+\w*)\[(?P<shape>[\d,]*)\]")
 def collectives(program: jax.stages.Compiled) -> list[tuple[str, int]]:
     """(name, bytes of the result on one device) of every collective, sorted; a loop's body counts once.
 
-    Of a collective that starts and ends apart, the start's result holds operand and result; the result is the last.
+    Of a collective that starts and ends apart, the start's result holds operands, results and, of a permutation on
+    TPU, two words of its own; an all-reduce's holds its results alone.
     """
     found = []
     for line in program.as_text().splitlines():
         if match := _COLLECTIVE.search(line):
-            sizes = [_bytes(*array.groups()) for array in _ARRAY.finditer(match["result"])]
-            found.append((match["op"], sizes[-1] if match["start"] else sum(sizes)))
+            arrays = [array.groups() for array in _ARRAY.finditer(match["result"])]
+            if match["start"] and match["op"] != "all-reduce":
+                arrays = [array for array in arrays if array != ("u32", "")]
+                arrays = arrays[len(arrays) // 2 :]
+            found.append((match["op"], sum(_bytes(*array) for array in arrays)))
     return sorted(found)
 
 
