@@ -312,6 +312,27 @@ def test_more_prompts_than_rows_and_than_blocks():
     assert [each.token_ids for each in done] == single(prompts)
 
 
+def test_a_prefill_step_that_breaks_off(monkeypatch):
+    first, second, third = prompts_of(40, 41, 42)
+    decode = pair()
+    instance = decode.link.instance
+    decode.link.send({"kind": "prefill", "id": 77, "tokens": third})
+    while not len(instance.leases):
+        decode.link.poll()
+
+    def breaks(*_):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(instance.engine, "step", breaks)
+    done = decode.generate([first, second], ANSWER)
+    monkeypatch.undo()
+    assert all("RuntimeError: out of luck" in str(entry.transfer_error) for entry in done)
+    assert_all_given_back(decode)  # the lease too: what it kept may be lost
+    (after,) = decode.generate([first + [1] * 8], ANSWER)
+    assert after.transfer_error is None
+    assert [entry.token_ids for entry in [*done, after]] == single([first, second, first + [1] * 8])
+
+
 def test_a_late_release_is_nobodys_failure():
     decode = pair()
     decode.link.send({"kind": "release", "lease": "lease:99"})
