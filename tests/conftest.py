@@ -22,6 +22,7 @@ _COMPILE_BOUND = (
     "batch",
     "cache",
     "distributed",
+    "flax",
     "handoff",
     "manager",
     "models",
