@@ -95,7 +95,7 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
         )
         self.paged_cache = nnx.Cache(PagedKVCache.create(config))
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         inputs_q: jax.Array,
         inputs_k: jax.Array | None = None,
@@ -140,15 +140,15 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
         shardings = {"out_sharding": options.get("qkv_sharding")}
         q, k = self.query(inputs_q, **shardings), self.key(inputs_k, **shardings)
         v = self.value(inputs_v, **shardings)
-        if self.normalize_qk:
+        if self.query_ln is not None and self.key_ln is not None:
             q, k = self.query_ln(q), self.key_ln(k)
         if self.rope is not None:
             positions = cache.table.num_tokens[:, None] + jnp.arange(n, dtype=jnp.int32)
             q, k = self.rope(q, positions), self.rope(k, positions)
         cache, meta = cache.extend(jnp.where(counts <= n, counts, -1), num_tokens=None if n == 1 else batch * n)
         places = _places(meta, batch, n)
-        one_after_another = (x.reshape(-1, *x.shape[2:]).at[places].get(mode="fill", fill_value=0) for x in (q, k, v))
-        attended, cache = cache.attend(0, *one_after_another, meta, sliding_window=self.sliding_window)
+        q, k, v = (x.reshape(-1, *x.shape[2:]).at[places].get(mode="fill", fill_value=0) for x in (q, k, v))
+        attended, cache = cache.attend(0, q, k, v, meta, sliding_window=self.sliding_window)
         assert self.paged_cache is not None
         self.paged_cache.set_value(cache)
         out = jnp.zeros_like(attended).at[places].set(attended, mode="drop").reshape(batch, n, *attended.shape[1:])

@@ -119,7 +119,7 @@ def test_a_row_without_blocks_gives_nan_and_the_others_go_on() -> None:
 
 
 def test_what_decode_cannot_do_is_refused() -> None:
-    theirs, ours = pair("plain")
+    _, ours = pair("plain")
     x = jnp.ones((ROWS, 2, FEATURES))
     fresh = PagedMultiHeadAttention(6, FEATURES, decode=True, dropout_rate=0.1, rngs=nnx.Rngs(0))
     for module, arguments, options, error, message in [
