@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,7 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
         self.cache_options = dict(cache_options or {})
         self.paged_cache: nnx.Cache | None = nnx.data(None)
 
-    def init_cache(self, input_shape: tuple[int, ...], dtype: Any = None) -> None:
+    def init_cache(self, input_shape: Sequence[int], dtype: Any = None) -> None:
         """Make an empty cache, or empty the one there is.
 
         Args:
@@ -95,7 +95,7 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
         )
         self.paged_cache = nnx.Cache(PagedKVCache.create(config))
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         inputs_q: jax.Array,
         inputs_k: jax.Array | None = None,
