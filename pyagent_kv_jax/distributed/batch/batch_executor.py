@@ -109,7 +109,7 @@ class MeshBatchExecutor(BatchExecutor):
         Raises:
             ShapeMismatchError: q, k or v of other shapes or dtype than the plan's.
             ConfigError: a plan or pages of another config.
-            InvalidArgumentError: no such layer or option. Nothing has changed.
+            InvalidArgumentError: no such layer or option, or pages that another call was given. Nothing has changed.
         """
         self._check_plan(plan, pages, layer)
         self._check_arrays({"q": q, "k": k, "v": v}, plan.num_tokens, exact=True)
@@ -203,12 +203,16 @@ class MeshBatchExecutor(BatchExecutor):
 
     def _check_plan(self, plan: ExecutionPlan, pages: ShardedKVPages, layer: int) -> None:
         self._check_own(plan)
+        if not isinstance(pages, ShardedKVPages):
+            raise ConfigError(f"pages: got {type(pages).__name__}, want ShardedKVPages")
         for name, got, want in (
             ("config", pages.config, self.config.cache),
             ("sharding", pages.sharding, self.config.sharding),
         ):
             if got is not want and got != want:
                 raise ConfigError(f"pages: got {name} {got}, want {want}")
+        if pages.k_pages.is_deleted():  # XLA would take the process down
+            raise InvalidArgumentError("pages: got some that another call was given, want those of its result")
         if not is_count(layer) or layer >= self.config.cache.num_layers:
             raise InvalidArgumentError(f"layer: got {layer!r}, want an integer below {self.config.cache.num_layers}")
 
@@ -225,10 +229,11 @@ class MeshBatchExecutor(BatchExecutor):
             fits = (
                 shape[:1] == (num_tokens,) if exact else shape[:1] == count and bool(count) and count[0] >= num_tokens
             )
-            if not fits or shape[1:] != widths[name] or array.dtype != dtype:
+            got = getattr(array, "dtype", type(array).__name__)
+            if not fits or shape[1:] != widths[name] or got != dtype:
                 at_least = "" if exact else "at least "
                 raise ShapeMismatchError(
-                    f"{name}: got {array.dtype}{list(shape)}, want {dtype}[{at_least}{num_tokens}, "
+                    f"{name}: got {got}{list(shape)}, want {dtype}[{at_least}{num_tokens}, "
                     f"{widths[name][0]}, {widths[name][1]}]{'' if exact else ', as many as q'}"
                 )
 
@@ -244,5 +249,5 @@ class MeshBatchExecutor(BatchExecutor):
         if (sinks := given.get("sinks")) is not None:
             if np.shape(sinks) != (self.config.num_q_heads,):
                 raise ShapeMismatchError(f"sinks: got shape {np.shape(sinks)}, want ({self.config.num_q_heads},)")
-            arrays["sinks"] = sinks
+            arrays["sinks"] = sinks if isinstance(sinks, jax.Array) else np.asarray(sinks, np.float32)
         return arrays, {name: float(given[name]) for name in _STATIC_OPTIONS if name in given}

@@ -66,7 +66,8 @@ class DCPPlanConfig:
             raise ConfigError(f"token_buckets: got at most {tokens[-1]} tokens for {rows[-1]} rows, want one a row")
         if self.memory_budget is not None and (not is_count(self.memory_budget) or not self.memory_budget):
             raise ConfigError(f"memory_budget: got {self.memory_budget!r}, want a positive number of bytes, or None")
-        object.__setattr__(self, "dtype", DType(self.dtype) if self.dtype else self._default_dtype())
+        dtype = self._default_dtype() if self.dtype is None else _one_of(DType, "dtype", self.dtype)
+        object.__setattr__(self, "dtype", dtype)
         if self.activation_dtype.is_quantized:
             raise ConfigError(f"dtype: got {self.activation_dtype.value!r}, want a float of 2 or 4 bytes")
 

@@ -104,6 +104,8 @@ def compiled_attention(config: DCPPlanConfig) -> CompiledAttention:
 
 
 def _cut(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, *, size: int) -> tuple[jax.Array, ...]:
+    if not q.shape[0]:  # of a batch of no tokens; there is nothing to take from
+        return tuple(jnp.zeros((size, *x.shape[1:]), x.dtype) for x in (q, k, v))
     at = start + jnp.arange(size, dtype=jnp.int32)
     return tuple(jnp.take(x, at, axis=0, mode="fill", fill_value=0) for x in (q, k, v))
 

@@ -114,6 +114,7 @@ def test_split_batches_give_what_one_batch_gives() -> None:
     steps.process(wrapper, [31, 0, 1, 45, 2, 9], seed=1)
     assert wrapper.get_stats().num_plans == 2 * 3  # on each layer 31, 0, 1 | 32 | 13, 2, 9
     steps.process(wrapper, [1, 40, 1, 3, 0, 20], seed=2)
+    steps.process(wrapper, [0] * ROWS)
     plans = wrapper.plan(steps.requests([2, 1, 1, 0, 30, 1]))
     arrays = steps.arrays(3, 40)  # more than there are tokens
     steps.compare(

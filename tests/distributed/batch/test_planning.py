@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from pyagent_kv_jax import KVPages
 from pyagent_kv_jax.distributed import CacheSharding, Combine
 from pyagent_kv_jax.distributed.batch import (
     BatchDCPDecodeWrapper,
@@ -142,6 +143,7 @@ def test_bad_requests_are_refused(fields: dict[str, Any], error: type[KVCacheErr
         ({"token_buckets": (2,), "row_buckets": (4,)}, "token_buckets: got at most 2 tokens for 4 rows"),
         ({"memory_budget": 0}, "memory_budget: got 0"),
         ({"dtype": "int8"}, "dtype: got 'int8'"),
+        ({"dtype": "double"}, "dtype: got 'double', want one of"),
     ],
 )
 def test_bad_configs_are_refused(options: dict[str, Any], message: str) -> None:
@@ -160,7 +162,8 @@ def test_wrappers_are_made_in_one_line() -> None:
 
 
 def test_runs_of_what_was_not_planned_are_refused() -> None:
-    wrapper, pages = BatchDCPPrefillWrapper(CONFIG), poisoned_pages(CONFIG)
+    wrapper, pages, taken = BatchDCPPrefillWrapper(CONFIG), poisoned_pages(CONFIG), poisoned_pages(CONFIG)
+    taken.k_pages.delete()
     plan = wrapper.plan([ONE])
     q, k, v = (x[0] for x in Steps.start(CONFIG).arrays(0, 16))
     other = dataclasses.replace(CONFIG, row_buckets=(4,))
@@ -181,6 +184,9 @@ def test_runs_of_what_was_not_planned_are_refused() -> None:
         ((plan, pages, 0, q, k, v.astype(np.float16)), {}, ShapeMismatchError, r"v: got float16.*want float32\[16, 2"),
         ((BatchDCPPrefillWrapper(other).plan([ONE]), pages, 0, q, k, v), {}, ConfigError, "plan: got one of"),
         ((plan, dataclasses.replace(pages, sharding=elsewhere), 0, q, k, v), {}, ConfigError, "pages: got sharding"),
+        ((plan, KVPages.create(CONFIG.cache), 0, q, k, v), {}, ConfigError, "pages: got KVPages, want ShardedKVPages"),
+        ((plan, taken, 0, q, k, v), {}, InvalidArgumentError, "pages: got some that another call was given"),
+        ((plan, pages, 0, q.tolist(), k, v), {}, ShapeMismatchError, r"q: got list\[16, 8, 8\]"),
         ((plan, pages, LAYERS, q, k, v), {}, InvalidArgumentError, f"layer: got {LAYERS}, want an integer below"),
         ((plan, pages, 0, q, k, v), {"window": 3}, InvalidArgumentError, r"options: got \['window'\]"),
         ((plan, pages, 0, q, k, v), {"sinks": np.ones(2)}, ShapeMismatchError, r"sinks: got shape \(2,\), want \(8,\)"),

@@ -70,7 +70,7 @@ def test_all_kinds_of_batches(case: tuple[int, int, int, Combine, AllReduceStrat
 def test_windows_caps_scales_and_sinks(combine: Combine) -> None:
     sharding = CacheSharding(cpu_mesh(dcp=2, tp=2), "dcp", "tp", 4, combine, RING)
     wrapper = BatchDCPPrefillWrapper(config := plan_config(sharding, 8, 2))
-    steps, sinks = Steps.start(config), np.linspace(-2, 3, 8).astype(np.float32)
+    steps, sinks = Steps.start(config), np.linspace(-2, 3, 8).tolist()
     options: dict[str, Any] = {"logits_soft_cap": 1.5, "scale": 0.7, "sinks": sinks}
     for seed, (name, window) in enumerate((("prefill", 4), ("chunked prefill", 7), ("mixed", 4))):
         plan = wrapper.plan(steps.requests(STEPS[name], phase=BatchPhase.PREFILL))
