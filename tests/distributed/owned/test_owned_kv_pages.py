@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import sys
 import types
 from functools import partial
 from typing import Any
@@ -139,22 +140,33 @@ def test_pages_stay_in_place_and_on_their_device() -> None:
 
 
 def test_sinks_counted_on_every_device_turn_the_comparison_red() -> None:
-    mesh, rng, config = cpu_mesh(own=2), np.random.default_rng(0), config_of(8, num_layers=1)
+    """In a copy of the module that does so, two devices make of a sink s the sink s + log 2.
+
+    Only the copy runs here, on shapes of its own, so that no program of the module itself could be taken for its.
+    """
+    mesh, rng, config = cpu_mesh(own=2), np.random.default_rng(0), config_of(12, num_layers=1)
     assert owned_kv_pages.__file__
-    source = pathlib.Path(owned_kv_pages.__file__).read_text()
-    faulty = types.ModuleType(owned_kv_pages.__name__)
-    fault = source.replace("jnp.where(rank == 0, sinks, -jnp.inf)", "sinks")
-    assert fault != source
-    exec(compile(fault, owned_kv_pages.__file__, "exec"), faulty.__dict__)
-    table = DistributedBlockTable.create(config.table_config(), 2, num_blocks=8, mesh=mesh, axis="own")
+    source, right = pathlib.Path(owned_kv_pages.__file__).read_text(), "jnp.where(rank == 0, sinks, -jnp.inf)"
+    assert source.count(right) == 1
+    faulty = types.ModuleType("faulty_owned_kv_pages")
+    sys.modules[faulty.__name__] = faulty  # where dataclasses look up the names in annotations
+    try:
+        exec(compile(source.replace(right, "sinks"), owned_kv_pages.__file__, "exec"), faulty.__dict__)
+    finally:
+        del sys.modules[faulty.__name__]
+    table = DistributedBlockTable.create(config.table_config(), 2, num_blocks=12, mesh=mesh, axis="own")
+    table, _ = table.allocate_blocks([0, 1, 2, 3], [1] * 4, devices=[0, 1, 0, 1])
     q, k, v = (rng.normal(size=(ROWS, heads, dim)).astype(np.float32) for heads, dim in ((4, 8), (2, 8), (2, 4)))
     sinks = rng.normal(size=4).astype(np.float32)
-    want = np.stack([Reference().attend(0, row, q[row], k[row], v[row], sinks, 32)[0] for row in range(ROWS)])
-    for module, is_right in ((owned_kv_pages, True), (faulty, False)):
-        pages = module.OwnedKVPages.create(config, mesh, "own")
-        step = jax.jit(lambda *arrays: attend(*arrays[:5], sinks=arrays[5]))
-        _, out, _ = step(table, pages, q, k, v, sinks)
-        assert np.allclose(out, want, rtol=1e-5, atol=1e-5) == is_right, module
+    pages = faulty.OwnedKVPages.create(config, mesh, "own")
+    _, out, _ = jax.jit(lambda *arrays: attend(*arrays[:5], sinks=arrays[5]))(table, pages, q, k, v, sinks)
+    once, twice = (
+        np.stack([Reference().attend(0, row, q[row], k[row], v[row], sinks + more, 32)[0] for row in range(ROWS)])
+        for more in (0, np.log(2))
+    )
+    np.testing.assert_allclose(out, twice, rtol=1e-5, atol=1e-5)
+    for row in range(ROWS):
+        assert not np.allclose(out[row], once[row], rtol=1e-5, atol=1e-5)
 
 
 def test_quantised_pages_and_plain_writes() -> None:
