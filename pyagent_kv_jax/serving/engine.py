@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,8 @@ class Engine:
             on_device = sizes.device_type is not DeviceType.CPU
         self.tables = TablesOnDevice(replicated) if on_device else None
         self._broke_off = False  # blocks of a step may be in the prefix cache that the model has not written
+        self._scales: dict[str, jax.Array] = {}  # copies of the pages', which a step that breaks off may take along
+        self._last_scale: jax.Array | None = None
 
     def _scheduler_config(self) -> SchedulerConfig:
         sizes, config = self._sizes, self.config
@@ -281,12 +284,20 @@ class Engine:
             block_tables=meta.block_tables if tables is None else tables,  # cut in the step
         )
         logits_at = None if meta.query_start_loc is None else np.asarray(meta.query_start_loc[1:] - 1, np.int32)
-        before = self._step.num_traces
-        self.backend.pages, output = self._step.run(
-            self._weights, self.backend.pages, tokens, meta, logits_at, sampling, self.config.with_margins
+        before, pages = self._step.num_traces, self.backend.pages
+        self._keep_scales(pages)
+        pages, output = self._step.run(
+            self._weights, pages, tokens, meta, logits_at, sampling, self.config.with_margins
         )
+        self.backend.pages, self._last_scale = pages, getattr(pages, "k_scale", None)
         self.num_compilations += self._step.num_traces - before
         return output
+
+    def _keep_scales(self, pages: Any) -> None:
+        """Copy the scales of quantised pages, unless they came out of this engine's last step."""
+        scale = getattr(pages, "k_scale", None)
+        if scale is not None and scale is not self._last_scale:
+            self._scales = {name: jnp.copy(getattr(pages, name)) for name in ("k_scale", "v_scale")}
 
     # -- before and after --------------------------------------------------------------------------------------
 
@@ -331,7 +342,8 @@ class Engine:
             self._broke_off = False
         pages = self.backend.pages
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(pages)):  # it broke off after the pages were donated
-            self.backend.pages = jax.tree.map(_zeros_in_place_of, pages)
+            empty = jax.tree.map(_zeros_in_place_of, pages)
+            self.backend.pages = dataclasses.replace(empty, **self._scales) if self._scales else empty
 
 
 def _zeros_in_place_of(lost: jax.Array) -> jax.Array:

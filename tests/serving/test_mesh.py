@@ -29,7 +29,7 @@ PROMPTS = ragged_prompts(10)
 SAMPLING = SamplingParams(max_tokens=16, ignore_eos=True)
 
 
-def engine_for(model: nnx.Module, mesh: object = None, num_blocks: int | None = None, **options: int) -> Engine:
+def engine_for(model: nnx.Module, mesh: object = None, num_blocks: int | None = None, **options: object) -> Engine:
     sharding = None if mesh is None else CacheSharding.of(mesh)
     lengths = [len(prompt) + 16 for prompt in PROMPTS]
     config = fitting_cache_config(
@@ -76,6 +76,25 @@ def test_no_page_travels_in_a_step_of_the_model() -> None:
     assert max(received for _, received in collectives(program)) < on_a_device / 100
     assert program.memory_analysis().alias_size_in_bytes >= on_a_device
     assert program.memory_analysis().temp_size_in_bytes < on_a_device / 10
+
+
+@pytest.mark.parametrize("sizes", [None, {"dcp": 2}], ids=str)
+def test_scales_outlive_a_step_that_breaks_off(sizes, monkeypatch) -> None:
+    """They go with the donated pages, and zeros in their place would quantise all that follows to nothing."""
+    engine = engine_for(small_model(), sizes and cpu_mesh(**sizes), dtype="int8")
+    engine.backend.pages = engine.backend.pages.with_scales(*np.full((2, CONFIG.num_layers, CONFIG.num_kv_heads), 0.05))
+    want = serve(engine, PROMPTS[:3], SAMPLING)
+
+    def broken(*_) -> None:
+        jax.tree.map(lambda leaf: leaf.delete(), engine.backend.pages)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_dispatch", broken)
+            with pytest.raises(KeyboardInterrupt):
+                serve(engine, PROMPTS[:3], SAMPLING)
+        assert [a.token_ids for a in serve(engine, PROMPTS[:3], SAMPLING)] == [a.token_ids for a in want]
 
 
 def test_gemma_on_a_mesh() -> None:
