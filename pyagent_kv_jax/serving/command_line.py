@@ -121,9 +121,12 @@ def _mesh(text: str) -> Any:
     import jax
 
     try:
-        sizes = {name.strip(): int(size) for name, size in (part.split("=") for part in text.split(","))}
+        pairs = [(name.strip(), int(size)) for name, size in (part.split("=") for part in text.split(","))]
     except ValueError:
         raise InvalidArgumentError(f"--mesh: got {text!r}, want axes and their sizes, as in dcp=2,tp=2") from None
+    sizes = dict(pairs)
+    if len(sizes) < len(pairs):
+        raise InvalidArgumentError(f"--mesh: got {text!r}, want each axis once")
     count, devices = math.prod(sizes.values()), jax.devices()
     if min(sizes.values()) < 1 or count > len(devices):
         hint = f"; on CPUs, JAX_NUM_CPU_DEVICES={count} makes as many" if devices[0].platform == "cpu" else ""

@@ -193,6 +193,7 @@ def test_the_command_line_takes_a_mesh(capsys) -> None:
         ("dcp", "want axes and their sizes"),
         ("dcp=16", "of 8 devices; on CPUs"),
         ("x=2", "axes 'dcp'"),
+        ("dcp=2,dcp=2", "want each axis once"),
     ]:
         assert command_line.main([*command, "--mesh", text]) == 2
         assert message in capsys.readouterr().err
