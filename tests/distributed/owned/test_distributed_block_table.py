@@ -143,7 +143,7 @@ def test_histories_are_those_of_the_model(shape: dict[str, int]) -> None:
 
 def test_own_device_first_then_those_with_most_left_lowest_first() -> None:
     table = DistributedBlockTable.create(CONFIG, 4, 2, num_blocks=16)
-    table, _ = table.allocate_blocks([0, 1], [3, 1], devices=[1, 3])  # 4 1 4 3 are free
+    table, _ = table.allocate_blocks([0, 1], [3, 1], devices=[1, 3], capacity=16)  # 4 1 4 3 are free
     table, given = table.allocate_blocks([2, 3], [6, 3], devices=[1, 2])
     assert given.ids[:9].tolist() == [7, 0, 1, 2, 3, 13, 8, 9, 10]
     assert table.num_free.tolist() == [0, 0, 1, 2]
@@ -218,7 +218,7 @@ def test_configurations_that_cannot_be() -> None:
 
 def test_broken_pools_are_found() -> None:
     table = DistributedBlockTable.create(CONFIG, 4, 2, num_blocks=16)
-    table, _ = table.allocate_blocks([0, 1], [3, 1], devices=[1, 3])
+    table, _ = table.allocate_blocks([0, 1], [3, 1], devices=[1, 3], capacity=16)  # a program that was compiled above
     table.check_invariants()
     counts = table.pools.ref_counts.at[1, 0].add(1)
     lost = dataclasses.replace(table, pools=dataclasses.replace(table.pools, ref_counts=counts))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.config import KVCacheConfig, LayerGroup
 from pyagent_kv_jax.distributed.all_reduce import AllReduceStrategy
 from pyagent_kv_jax.distributed.owned import owned_kv_pages
@@ -154,12 +155,16 @@ def test_sinks_counted_on_every_device_turn_the_comparison_red() -> None:
         exec(compile(source.replace(right, "sinks"), owned_kv_pages.__file__, "exec"), faulty.__dict__)
     finally:
         del sys.modules[faulty.__name__]
-    table = DistributedBlockTable.create(config.table_config(), 2, num_blocks=12, mesh=mesh, axis="own")
-    table, _ = table.allocate_blocks([0, 1, 2, 3], [1] * 4, devices=[0, 1, 0, 1])
+    first = np.array([0, 7, 2, 8], np.int32)  # of device 0, 1, 0, 1: the block of each row's only token
+    rows = {"block_tables": first[:, None], "slot_mapping": first * config.block_size}
+    ones, zeros = np.ones(ROWS, np.int32), np.zeros(ROWS, np.int32)
+    meta = AttentionMetadata(
+        **rows, kv_lens=ones, query_start_loc=None, positions=zeros, ok=ones > 0, max_query_len=1, max_kv_len=4
+    )
     q, k, v = (rng.normal(size=(ROWS, heads, dim)).astype(np.float32) for heads, dim in ((4, 8), (2, 8), (2, 4)))
     sinks = rng.normal(size=4).astype(np.float32)
     pages = faulty.OwnedKVPages.create(config, mesh, "own")
-    _, out, _ = jax.jit(lambda *arrays: attend(*arrays[:5], sinks=arrays[5]))(table, pages, q, k, v, sinks)
+    out, _ = jax.jit(lambda pages, sinks, *arrays: pages.attend(0, *arrays, sinks=sinks))(pages, sinks, q, k, v, meta)
     once, twice = (
         np.stack([Reference().attend(0, row, q[row], k[row], v[row], sinks + more, 32)[0] for row in range(ROWS)])
         for more in (0, np.log(2))
