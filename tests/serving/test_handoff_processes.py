@@ -118,3 +118,38 @@ def serving(server):
         thread.join()
 
     return stop
+
+
+def test_requests_cancelled_at_random_moments_leave_nothing_on_either_side():
+    engine, alone = shared_engine("decode"), shared_engine("alone")
+    server = PrefillServer(shared_engine("prefill"), NAME, TOKEN, timeouts=TIMEOUTS)
+    stop = serving(server)
+    rng = np.random.default_rng(4)
+    try:
+        decode = connected(engine, server.address, on_failure="fail")
+        for _ in range(12):
+            prompts = new_prompts(rng, 3)
+            entries = [decode.submit(prompt, ANSWER) for prompt in prompts]
+            until = time.monotonic() + rng.uniform(0.0, 0.03)
+            while time.monotonic() < until:
+                decode.step()
+            decode.cancel(entries[1])
+            while decode.has_unfinished:
+                decode.step()
+            answered = [0, 2]
+            assert [entries[i].transfer_error for i in answered] == [None, None]
+            expected = [result.token_ids for result in serve(alone, [prompts[i] for i in answered], ANSWER)]
+            assert [entries[i].token_ids for i in answered] == expected
+        instance, deadline = server.instance, time.monotonic() + 60.0
+        while instance.leases or instance.num_staged or instance.num_under_way:
+            assert time.monotonic() < deadline
+            decode.step()  # answers to what was cancelled still come
+            time.sleep(0.01)
+        decode.close()
+    finally:
+        stop()
+        server.close()
+    for each in (engine, server.instance.engine):
+        each.backend.check_invariants()
+        assert each.backend.holds() == []
+        assert each.backend.get_num_free_blocks() == NUM_BLOCKS

@@ -1,5 +1,6 @@
 """Prefill and decode in two instances, with KV blocks handed from one to the other."""
 
+from pyagent_kv_jax.distributed.handoff.control_channel import Timeouts
 from pyagent_kv_jax.serving.handoff.block_load import LoadOptions
 from pyagent_kv_jax.serving.handoff.decode_instance import DecodeInstance, HandoffRequest
 from pyagent_kv_jax.serving.handoff.fingerprint import model_fingerprint
@@ -15,5 +16,6 @@ __all__ = [
     "PrefillInstance",
     "PrefillServer",
     "RemoteLink",
+    "Timeouts",
     "model_fingerprint",
 ]

@@ -49,7 +49,7 @@ class PrefillServer:
             engine: its own, around a ``KVCacheManager``.
             model_name: names the weights, the same on both sides; for instance their ``model_fingerprint``.
             token: shared secret, at least 16 bytes.
-            host: address of this machine to listen at.
+            host: address of this machine to listen at, by which the others reach it.
             port: of the control channel; 0: any that is free.
             lease_seconds: that blocks are kept after their lease was last used.
             timeouts: a decode process from which nothing was heard for ``peer_timeout`` is gone, and what was kept for
