@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -26,6 +27,7 @@ from pyagent_kv_jax.serving.sampling import GREEDY, SamplingParams
 from pyagent_kv_jax.serving.several_hosts import Told, ToldStep, check_same_call, follow, lead, spans_processes
 
 TokenCallback = Callable[[int, int], Any]
+_NO_MESH = Mesh(np.empty((), object), ())
 _STEPS_AHEAD = 16  # of decode, that blocks are reserved for; see benchmarks/prediction.py
 
 
@@ -98,19 +100,42 @@ def generate(
     params = one_each(sampling, len(prompts))
     if not prompts:
         return []
+    with jax.set_mesh(_NO_MESH):  # one that the caller has set is not for the programs of the host
+        return _generate(
+            model,
+            prompts,
+            params,
+            cache_config,
+            backend,
+            mesh,
+            EngineConfig(max_num_seqs, token_budget),
+            on_token=on_token,
+            progress=progress,
+        )
+
+
+def _generate(
+    model: Any,
+    prompts: Any,
+    params: list[SamplingParams],
+    cache_config: KVCacheConfig | None,
+    backend: CacheBackend | None,
+    mesh: Mesh | CacheSharding | None,
+    sizes: EngineConfig,
+    **options: Any,
+) -> list[GenerationResult]:
     if backend is None:
         totals = [
             len(prompt) + each.max_tokens for prompt, each in zip(prompts, params, strict=True) for _ in range(each.n)
         ]
         sharding = None if mesh is None else CacheSharding.of(mesh)
-        config = cache_config or fitting_cache_config(model, totals, max_num_seqs=max_num_seqs, sharding=sharding)
+        config = cache_config or fitting_cache_config(model, totals, max_num_seqs=sizes.max_num_seqs, sharding=sharding)
         backend = KVCacheManager(config, ManagerOptions(prediction_horizon=_STEPS_AHEAD), sharding=sharding)
-    sizes = EngineConfig(max_num_seqs, token_budget)
     if backend.sharding is not None and spans_processes(backend.sharding.mesh):
         assert isinstance(backend, KVCacheManager)
         sizes = dataclasses.replace(sizes, tables_on_device=False)
-        return _generate_on_hosts(model, backend, sizes, prompts, params, on_token=on_token, progress=progress)
-    return serve(Engine(model, backend, sizes), prompts, params, on_token=on_token, progress=progress)
+        return _generate_on_hosts(model, backend, sizes, prompts, params, **options)
+    return serve(Engine(model, backend, sizes), prompts, params, **options)
 
 
 def serve(

@@ -100,15 +100,15 @@ def test_scales_outlive_a_step_that_breaks_off(sizes, monkeypatch) -> None:
 def test_gemma_on_a_mesh() -> None:
     """Two kinds of layers, with tables of their own; forks copy blocks of the pages; the prefix cache is hit.
 
-    The axes are of the type that ``jax.make_mesh`` gives them, which is Explicit.
+    The axes are of the type that ``jax.make_mesh`` gives them, which is Explicit; and the caller has set the mesh.
     """
     model, _ = gemma_model()
     prompts, sampling = ragged_prompts(4, seed=3), SamplingParams(max_tokens=8, n=2, temperature=1.0, seed=5)
     config = model.config.kv_cache_config(num_blocks=256, block_size=8, max_num_reqs=8, max_model_len=128)
-    first, second = (
-        generate(model, prompts, sampling=sampling, cache_config=config, mesh=mesh, max_num_seqs=8)
-        for mesh in (None, explicit_mesh(dcp=2, tp=2))
-    )
+    options = {"sampling": sampling, "cache_config": config, "max_num_seqs": 8}
+    first, mesh = generate(model, prompts, **options), explicit_mesh(dcp=2, tp=2)
+    with jax.set_mesh(mesh):
+        second = generate(model, prompts, mesh=mesh, **options)
     assert [a.token_ids for a in answers_of(first)] == [a.token_ids for a in answers_of(second)]
 
 
