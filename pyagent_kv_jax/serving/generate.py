@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -100,7 +101,7 @@ def generate(
     params = one_each(sampling, len(prompts))
     if not prompts:
         return []
-    with jax.set_mesh(_NO_MESH):  # one that the caller has set is not for the programs of the host
+    with _without_mesh():
         return _generate(
             model,
             prompts,
@@ -242,6 +243,11 @@ def _generate_on_hosts(
     return lead(
         told, served, lambda results: {"answers": json.dumps([dataclasses.asdict(result) for result in results])}
     )
+
+
+def _without_mesh() -> contextlib.AbstractContextManager[Any]:
+    """A mesh that the caller has set is not for the programs of the host; where none is, they are not traced anew."""
+    return contextlib.nullcontext() if jax.sharding.get_abstract_mesh().empty else jax.set_mesh(_NO_MESH)
 
 
 def _unpacked(answer: dict[str, Any]) -> GenerationResult:
