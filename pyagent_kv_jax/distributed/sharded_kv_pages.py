@@ -20,7 +20,8 @@ from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.distributed.all_reduce import all_reduce_states
 from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
 from pyagent_kv_jax.distributed.combine import Combine, all_to_all_states, reduce_scatter_states
-from pyagent_kv_jax.errors import DeviceUnavailableError, ShapeMismatchError
+from pyagent_kv_jax.distributed.on_ranks import check_kv_heads, on_ranks, sinks_of_rank, static_and_arrays
+from pyagent_kv_jax.errors import DeviceUnavailableError
 from pyagent_kv_jax.tables import ContextParallel, local_slots
 
 
@@ -102,13 +103,11 @@ class ShardedKVPages:
         self, layer: ArrayLike, q: jax.Array, k: jax.Array, v: jax.Array, meta: AttentionMetadata, **options: Any
     ) -> tuple[jax.Array, jax.Array, Self]:
         """``attend``, and the LSE f32[T, q_heads] (natural log; -inf where a query sees nothing)."""
-        self._check_heads(k, v)
+        check_kv_heads(self.config, k, v)
         sharding = self.sharding
         combine, heads = sharding.combine_of(q.shape[1]), P(None, sharding.q_head_axes(q.shape[1]) or None)
-        # Numbers that were given as such stay static; arrays, traced or not, become arguments.
-        arrays = {name: value for name, value in options.items() if isinstance(value, jax.Array) and name != "sinks"}
-        static = {name: value for name, value in options.items() if name not in arrays and name != "sinks"}
-        sinks = options.get("sinks")
+        sinks = options.pop("sinks", None)
+        static, arrays = static_and_arrays(options)
 
         def attend(pages: KVPages, layer: Any, q: Any, k: Any, v: Any, meta: Any, sinks: Any, arrays: Any) -> Any:
             return _attend_on_rank(pages, layer, q, k, v, meta, sinks, sharding, combine, {**static, **arrays})
@@ -125,7 +124,7 @@ class ShardedKVPages:
         self, layer: ArrayLike, k: jax.Array, v: jax.Array, slot_mapping: jax.Array | CompressedSlotMapping
     ) -> Self:
         """Store K and V of one layer; each rank what is its own. See ``KVPages.write``."""
-        self._check_heads(k, v)
+        check_kv_heads(self.config, k, v)
         sharding, tokens = self.sharding, k.shape[0]
 
         def write(pages: KVPages, layer: Any, k: Any, v: Any, slots: Any) -> Any:
@@ -175,6 +174,21 @@ class ShardedKVPages:
         k, v = self._on_ranks(lambda pages, ids: pages.gather_blocks(ids), (ids,), (P(),), (spec, spec))
         return k, v
 
+    def write_blocks(self, ids: jax.Array, k: jax.Array, v: jax.Array) -> Self:
+        """Put ``k`` and ``v``, as ``gather_blocks`` gives them, at blocks ``ids``; each rank its part of every block.
+
+        See ``KVPages.write_blocks``.
+        """
+        part = self.sharding.page_spec(leading=2)
+        return self._with(
+            self._on_ranks(
+                lambda pages, ids, k, v: _arrays(pages.write_blocks(ids, k, v)),
+                (ids, k, v),
+                (P(), part, part),
+                (self.sharding.page_spec(),) * 2,
+            )
+        )
+
     def with_scales(self, k_scale: jax.Array, v_scale: jax.Array) -> Self:
         """The same pages read and written with these scales, each f32[num_layers, num_heads] or broadcastable.
 
@@ -207,10 +221,7 @@ class ShardedKVPages:
             return function(KVPages(k_pages, v_pages, k_scale, v_scale, on_rank), *arguments)
 
         page, scale = sharding.page_spec(), _over_heads(sharding)
-        # check_vma is off: kernels and loops inside do not say over which axes what they carry varies.
-        mapped = jax.shard_map(
-            run, mesh=sharding.mesh, in_specs=((page, page, scale, scale), *specs), out_specs=out_specs, check_vma=False
-        )
+        mapped = on_ranks(run, sharding.mesh, ((page, page, scale, scale), *specs), out_specs)
         return mapped((self.k_pages, self.v_pages, self.k_scale, self.v_scale), *arguments)
 
     def _with(self, arrays: tuple[jax.Array, jax.Array]) -> Self:
@@ -219,15 +230,6 @@ class ShardedKVPages:
     def _stored_heads(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         copies = self.sharding.head_copies(self.config.num_heads)
         return (k, v) if copies == 1 else (jnp.repeat(k, copies, axis=1), jnp.repeat(v, copies, axis=1))
-
-    def _check_heads(self, k: jax.Array, v: jax.Array) -> None:
-        # Before heads are repeated and split, so that the message speaks of what was given.
-        config = self.config
-        for name, value, width in (("k", k, config.head_dim), ("v", v, config.value_head_dim)):
-            if value.ndim != 3 or value.shape[1:] != (config.num_heads, width):
-                raise ShapeMismatchError(
-                    f"{name}: got shape {list(value.shape)}, want [tokens, {config.num_heads}, {width}]"
-                )
 
 
 def sharded_cache(config: KVCacheConfig, sharding: CacheSharding) -> PagedKVCache:
@@ -257,7 +259,7 @@ def _attend_on_rank(
         return out, lse, *_arrays(pages)
     if combine is not Combine.ALL_REDUCE:
         q = lax.all_gather(q, axis, axis=1, tiled=True)
-    sinks = _sinks_of_rank(sinks, share.rank)
+    sinks = sinks_of_rank(sinks, share.rank)
     out, lse, pages = pages.attend_share(layer, q, k, v, meta, sinks=sinks, context_parallel=share, **options)
     if combine is Combine.ALL_REDUCE:
         out, lse = all_reduce_states(out, lse, axis, share.size, sharding.strategy)
@@ -266,11 +268,6 @@ def _attend_on_rank(
     else:
         out, lse = reduce_scatter_states(out, lse, axis)
     return out, lse, *_arrays(pages)
-
-
-def _sinks_of_rank(sinks: jax.Array | None, rank: ArrayLike) -> jax.Array | None:
-    """On rank 0 alone: a sink must be counted in one share only."""
-    return None if sinks is None else jnp.where(rank == 0, sinks, -jnp.inf)
 
 
 def _share(sharding: CacheSharding) -> ContextParallel | None:

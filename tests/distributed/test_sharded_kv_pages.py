@@ -191,7 +191,7 @@ def test_an_interleave_off_by_one_shows(mistaken: pytest.MonkeyPatch) -> None:
 
 
 def test_sinks_on_every_rank_show(mistaken: pytest.MonkeyPatch) -> None:
-    mistaken.setattr(sharded_module, "_sinks_of_rank", lambda sinks, rank: sinks)
+    mistaken.setattr(sharded_module, "sinks_of_rank", lambda sinks, rank: sinks)
     must_fail(spread(4, 2), sinks=jnp.arange(8.0))
 
 

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.kv_pages import KVPages, page_shapes
 from pyagent_kv_jax.config import KVCacheConfig
+from pyagent_kv_jax.distributed.on_ranks import on_ranks, static_and_arrays
 from pyagent_kv_jax.distributed.sharded_kv_pages import ShardedKVPages
 
 
@@ -52,8 +53,7 @@ def attend_to_own_tokens(
     sharding, config = pages.sharding, pages.config
     on_rank, axes = sharding.on_rank(config), sharding.q_head_axes(q.shape[1])
     scattered = sharding.context_axis is not None and sharding.context_axis in axes
-    arrays = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
-    static = {name: value for name, value in options.items() if name not in arrays}
+    static, arrays = static_and_arrays(options)
     copies = sharding.head_copies(config.num_heads)
     if copies > 1:
         k, v = (jnp.repeat(x, copies, axis=1) for x in (k, v))
@@ -68,13 +68,8 @@ def attend_to_own_tokens(
         return out, lse
 
     q_heads, kv_heads = P(None, axes or None), P(None, sharding.tensor_axis)
-    mapped = jax.shard_map(
-        attend,
-        mesh=sharding.mesh,
-        in_specs=(q_heads, kv_heads, kv_heads, kv_heads, P(), P(), P(axes or None), P()),
-        out_specs=(q_heads, q_heads),
-        check_vma=False,
-    )
+    in_specs = q_heads, kv_heads, kv_heads, kv_heads, P(), P(), P(axes or None), P()
+    mapped = on_ranks(attend, sharding.mesh, in_specs, (q_heads, q_heads))
     scales = (pages.k_scale, pages.v_scale)
     return mapped(q, k, v, scales, jnp.asarray(layer, jnp.int32), meta, sinks, arrays)
 

@@ -5,19 +5,15 @@ Within one process that is all there is to a handoff between two meshes: ``move_
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
-from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.distributed.handoff.block_layout import BlockLayout, Blocks, Pages, sharding_of_blocks
-from pyagent_kv_jax.distributed.sharded_kv_pages import ShardedKVPages
 from pyagent_kv_jax.errors import InvalidBlockError, ShapeMismatchError
 
 CHUNK_BYTES = 16 << 20
@@ -144,25 +140,4 @@ def _as_stored(blocks: Blocks, layout: BlockLayout) -> Blocks:
 
 @partial(jax.jit, donate_argnums=0)
 def _write(pages: Any, ids: jax.Array, blocks: Blocks) -> Any:
-    if isinstance(pages, ShardedKVPages):
-        return _write_on_ranks(pages, ids, blocks)
     return pages.write_blocks(ids, blocks.k, blocks.v)
-
-
-def _write_on_ranks(pages: ShardedKVPages, ids: jax.Array, blocks: Blocks) -> ShardedKVPages:
-    """Each rank writes its part of every block; nothing travels."""
-    sharding, on_rank = pages.sharding, pages.sharding.on_rank(pages.config)
-    stored, part = sharding.page_spec(), sharding.page_spec(leading=2)
-
-    def write(k_pages: jax.Array, v_pages: jax.Array, ids: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-        written = KVPages(k_pages, v_pages, None, None, on_rank).write_blocks(ids, blocks.k, blocks.v)
-        return written.k_pages, written.v_pages
-
-    k_pages, v_pages = jax.shard_map(
-        write,
-        mesh=sharding.mesh,
-        in_specs=(stored, stored, P(), Blocks(part, part)),
-        out_specs=(stored, stored),
-        check_vma=False,
-    )(pages.k_pages, pages.v_pages, ids, blocks)
-    return dataclasses.replace(pages, k_pages=k_pages, v_pages=v_pages)

@@ -19,6 +19,7 @@ from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.kv_pages import KVPages, expanded_slots, page_shapes
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
 from pyagent_kv_jax.distributed.all_reduce import AllReduceStrategy, all_reduce_states
+from pyagent_kv_jax.distributed.on_ranks import check_kv_heads, on_ranks, sinks_of_rank, static_and_arrays
 from pyagent_kv_jax.distributed.owned.owned_blocks import local_ids
 from pyagent_kv_jax.errors import ConfigError, ShapeMismatchError
 
@@ -97,7 +98,7 @@ class OwnedKVPages:
             pages = pages.write(layer, k, v, self._local_slots(expanded_slots(slots, k.shape[0])))
             return pages.k_pages, pages.v_pages
 
-        self._check_heads(k, v)
+        check_kv_heads(self.config, k, v)
         self._report(slot_mapping, k.shape[0])
         over_heads = P(None, self.tensor_axis)
         specs, out_specs = (P(), over_heads, over_heads, P()), (P(self.axis, self.tensor_axis),) * 2
@@ -155,27 +156,26 @@ class OwnedKVPages:
 
         def on_device(pages: KVPages, layer: Any, q: Any, k: Any, v: Any, meta: Any, sinks: Any, traced: Any) -> Any:
             rank, size = lax.axis_index(self.axis), lax.axis_size(self.axis)
-            if sinks is not None:  # every other device's partial must not count them again
-                sinks = jnp.where(rank == 0, sinks, -jnp.inf)
             local = dataclasses.replace(
                 meta,
                 block_tables=local_ids(meta.block_tables, rank, self._blocks_per_device),
                 slot_mapping=self._local_slots(expanded_slots(meta.slot_mapping, k.shape[0])),
             )
-            out, lse, pages = pages.attend_share(layer, q, k, v, local, sinks=sinks, **static, **traced)
+            out, lse, pages = pages.attend_share(
+                layer, q, k, v, local, sinks=sinks_of_rank(sinks, rank), **static, **traced
+            )
             form = "xla" if self.config.device_type is DeviceType.CPU else None
             out, lse = all_reduce_states(out, lse, self.axis, size, strategy, implementation=form)
             return out, lse, pages.k_pages, pages.v_pages
 
-        self._check_heads(k, v)
+        check_kv_heads(self.config, k, v)
         self._report(meta.slot_mapping, k.shape[0])
         groups = self.config.num_heads
         if q.ndim != 3 or q.shape[1] % groups or (sinks is not None and sinks.shape != q.shape[1:2]):
             sunk = "" if sinks is None else f", sinks of shape {list(sinks.shape)}"
             want = f"[tokens, a multiple of {groups} heads, {self.config.head_dim}], and one sink a head"
             raise ShapeMismatchError(f"q: got shape {list(q.shape)}{sunk}, want {want}")
-        traced = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
-        static = {name: value for name, value in options.items() if name not in traced}
+        static, traced = static_and_arrays(options)
         heads, pages = P(None, self.tensor_axis), P(self.axis, self.tensor_axis)
         out, lse, k_pages, v_pages = self._on_devices(
             on_device,
@@ -214,15 +214,5 @@ class OwnedKVPages:
             return function(KVPages(k_pages, v_pages, k_scale, v_scale, own), *arguments)
 
         page, scale = P(self.axis, self.tensor_axis), P(None, self.tensor_axis)
-        # check_vma is off: kernels and loops inside do not say over which axes what they carry varies.
-        in_specs = ((page, page, scale, scale), *specs)
-        mapped = jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        mapped = on_ranks(run, self.mesh, ((page, page, scale, scale), *specs), out_specs)
         return mapped((self.k_pages, self.v_pages, self.k_scale, self.v_scale), *arguments)
-
-    def _check_heads(self, k: jax.Array, v: jax.Array) -> None:
-        # Before heads are split, so that the message speaks of what was given.
-        config = self.config
-        for name, value, width in (("k", k, config.head_dim), ("v", v, config.value_head_dim)):
-            if value.ndim != 3 or value.shape[1:] != (config.num_heads, width):
-                want = f"[tokens, {config.num_heads}, {width}]"
-                raise ShapeMismatchError(f"{name}: got shape {list(value.shape)}, want {want}")

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from pyagent_kv_jax.cache.allocation import step_metadata
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
+from pyagent_kv_jax.distributed.on_ranks import on_ranks
 from pyagent_kv_jax.distributed.owned.owned_blocks import GivenBlocks, allocate_owned, free_owned, local_ids
 from pyagent_kv_jax.pool import BlockPool
 from pyagent_kv_jax.pool.invariants import broken_invariants
@@ -52,9 +53,7 @@ class OwnedTable:
             results = function(table, jax.tree.map(lambda x: x[0], pools), *arguments)
             return jax.tree.map(_stacked, results, is_leaf=_is_pool)
 
-        # check_vma is off: loops inside do not say over which axes what they carry varies.
-        specs = P(), P(self.axis), P()
-        mapped = jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+        mapped = on_ranks(run, self.mesh, (P(), P(self.axis), P()), out_specs)
         return mapped(self.table, self.pools, arguments)
 
 

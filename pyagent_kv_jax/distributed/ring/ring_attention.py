@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from pallas_kernels.paged_attention.visibility import Visibility
 from pyagent_kv_jax.distributed.all_reduce import check_axis
+from pyagent_kv_jax.distributed.on_ranks import on_ranks
 from pyagent_kv_jax.distributed.ring.tiles import Pairs, Queries
 from pyagent_kv_jax.distributed.ring.zigzag import chunk_length, chunk_pairs, zigzag_positions
 from pyagent_kv_jax.errors import InvalidArgumentError, ShapeMismatchError, is_concrete
@@ -91,13 +92,8 @@ def ring_attention(
         )
 
     tokens, heads = P(batch_axis, axis, tensor_axis), P(tensor_axis)
-    out, lse = jax.shard_map(
-        on_rank,
-        mesh=mesh,
-        in_specs=(tokens, tokens, tokens, P(batch_axis), heads, P()),
-        out_specs=(tokens, tokens),
-        check_vma=False,  # loops inside do not say over which axes what they carry varies
-    )(q, k, v, kv_lens, sinks, numbers)
+    mapped = on_ranks(on_rank, mesh, (tokens, tokens, tokens, P(batch_axis), heads, P()), (tokens, tokens))
+    out, lse = mapped(q, k, v, kv_lens, sinks, numbers)
     return (out, lse) if return_lse else out
 
 
