@@ -7,6 +7,7 @@ beyond its bounds. What does not fit is a ``TransferError`` to whoever parses it
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from pyagent_kv_jax.errors import TransferError
 MAX_BYTES = 16 << 20
 """Of one message: a prompt of a million tokens fits."""
 _MAX_TEXT = 4096
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Message = dict[str, Any]
 
@@ -24,7 +26,8 @@ def _integer(low: int, high: int) -> Callable[[Any], bool]:
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= _MAX_TEXT
+    # JSON can spell half of a surrogate pair, which is no text: it cannot be written as UTF-8.
+    return isinstance(value, str) and len(value) <= _MAX_TEXT and _SURROGATE.search(value) is None
 
 
 def _texts(value: Any) -> bool:
@@ -42,8 +45,8 @@ def _places(value: Any) -> bool:
     )
 
 
-def _object(value: Any) -> bool:
-    return isinstance(value, dict)
+def _flat_object(value: Any) -> bool:
+    return isinstance(value, dict) and all(_text(each) or type(each) is int for each in (*value, *value.values()))
 
 
 _NUMBER = _integer(0, 2**63 - 1)
@@ -52,8 +55,8 @@ KINDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     # How a connection begins, and that it is alive.
     "hello": {"nonce": _text},
     "challenge": {"nonce": _text, "proof": _text},
-    "introduce": {"identity": _object},
-    "welcome": {"identity": _object, "bulk_address": _text},
+    "introduce": {"identity": _flat_object},
+    "welcome": {"identity": _flat_object, "bulk_address": _text},
     "refused": {"reason": _text},
     "ping": {},
     "pong": {},

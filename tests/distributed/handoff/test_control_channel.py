@@ -136,6 +136,7 @@ def test_malformed_messages_kill_nobody(server):
     stranger.connect(server.address)
     junk = [b"", b"\0", b"\1", b"\0{}", b"\0[]", b"\0" + b"[" * 100_000, b"\1" + bytes(31), b"\1" + bytes(40)]
     junk += [b'\0{"kind": "welcome", "identity": {}, "bulk_address": ""}', b'\0{"kind":"hello","nonce":5}', b"\2"]
+    junk += [b'\0{"kind": "hello", "nonce": "\\ud800"}']
     junk += [rng.bytes(int(n)) for n in rng.integers(1, 3000, 20)]
     for frame in junk:
         stranger.send(frame)
@@ -193,6 +194,9 @@ def test_a_known_peer_that_breaks_the_rules_is_dropped(server, how):
         {"kind": "fetch", "id": 1, "lease": "x" * 5000, "part": 0, "places": []},
         {"kind": "staged", "id": 1, "part": 0, "uuid": 2**63},
         {"kind": "refused", "reason": None},
+        {"kind": "refused", "reason": "\ud800"},
+        {"kind": "introduce", "identity": {"model": ["nested"]}},
+        {"kind": "introduce", "identity": {"\udfff": "x"}},
     ],
 )
 def test_messages_are_checked_field_by_field(message):
