@@ -88,6 +88,11 @@ class BlockHolds:
         if open_ids := self.open_ids():
             raise InvalidArgumentError(f"block size: got a change with {len(open_ids)} holds open, want none")
 
+    def forget_content(self) -> None:
+        """What has been written so far is content no more: it can neither be read nor entered into the cache."""
+        for hold in self._open.values():
+            hold.written[:] = False
+
     def hold(self, tokens: np.ndarray, extras: CacheExtras) -> PrefixHold:
         """See ``HoldsPrefixes.hold_prefix``."""
         keys = self._keys(tokens, len(tokens), extras)
@@ -114,7 +119,7 @@ class BlockHolds:
 
     def _begin(self, keys: BlockKeys, hit: PrefixHit, num_columns: int, is_import: bool) -> PrefixHold:
         state, size = self._state, self._state.config.block_size
-        hold_id = f"handoff:{next(self._numbers)}"
+        hold_id = next(name for name in map("handoff:{}".format, self._numbers) if not state.is_known(name))
         (row,) = state.rows.choose([hold_id], [])
         rows, starts = np.array([row], np.int32), {0: Start(hit, hit.num_tokens, NO_LIMIT)}
         counts = np.array([num_columns * size - hit.num_tokens])

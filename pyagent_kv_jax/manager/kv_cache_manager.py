@@ -353,9 +353,10 @@ class KVCacheManager(ManagerViews, HoldsPrefixes):
     # -- the prefix cache --------------------------------------------------------------------------------------
 
     def reset_prefix_cache(self) -> None:
-        """Forget the content of every block; requests keep theirs. The hit rate starts anew."""
+        """Forget the content of every block; requests keep theirs, holds do not. The hit rate starts anew."""
         with self._lock:
             self._state.reset_prefix_cache()
+            self._holds.forget_content()
 
     def evict_prefix(self, tokens: ArrayLike, *, extras: CacheExtras = NO_EXTRAS) -> int:
         """Forget the cached blocks of this very prefix (its full blocks), in all groups; how many there were.

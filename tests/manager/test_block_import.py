@@ -198,10 +198,42 @@ def test_holds_follow_their_blocks_when_these_move():
     hold, imported = source.hold_prefix(PROMPT), target.begin_import(PROMPT)
     wanted = np.asarray(source.read_hold(hold.hold_id, imported.wanted).k)
     source.free("away")
-    source.reset_prefix_cache()
+    assert source.evict_prefix(np.arange(900, 912)) == 3
     assert source.defragment().num_moved
     np.testing.assert_array_equal(source.read_hold(hold.hold_id, imported.wanted).k, wanted)
     source.check_invariants()
+
+
+def test_what_a_reset_forgets_does_not_come_back():
+    source, target = manager_of(), manager_of()
+    for manager in (source, target):
+        served(manager, "prompt", PROMPT[:9])
+    served(source, "all", PROMPT)
+    hold, imported = source.hold_prefix(PROMPT), target.begin_import(PROMPT)
+    assert imported.num_cached_tokens == 8
+    blocks = source.read_hold(hold.hold_id, imported.wanted)
+    for manager in (source, target):
+        manager.reset_prefix_cache()
+    with pytest.raises(InvalidArgumentError, match="content"):
+        source.read_hold(hold.hold_id, imported.wanted)
+    target.write_import(imported.hold_id, imported.wanted, blocks)
+    assert target.finish_import(imported.hold_id) == 2  # those that came afterwards
+    target.add_request("same", PROMPT)
+    assert target.lookup_prefix("same").num_tokens == 0
+    target.check_invariants()
+
+
+def test_a_request_may_be_called_like_a_hold():
+    manager = manager_of()
+    manager.allocate("handoff:0", 4)
+    manager.add_request("handoff:1", PROMPT)
+    hold = manager.begin_import(PROMPT)
+    assert manager.get_num_free_blocks() == 12 - 1 - 4
+    manager.release_hold(hold.hold_id)
+    manager.free("handoff:0")
+    manager.free("handoff:1")
+    manager.check_invariants()
+    assert manager.get_num_free_blocks() == 12
 
 
 def test_events_name_what_can_be_hit():
