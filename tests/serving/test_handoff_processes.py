@@ -11,7 +11,8 @@ import pytest
 
 from pyagent_kv_jax.errors import TransferError
 from pyagent_kv_jax.serving.generate import serve
-from pyagent_kv_jax.serving.handoff import DecodeInstance, PrefillServer, RemoteLink
+from pyagent_kv_jax.serving.handoff import DecodeInstance, PrefillServer, RemoteLink, remote_link
+from pyagent_kv_jax.serving.handoff.prefill_instance import identity_of
 from tests.serving.handoff_kills import DEADLINE, SLACK, kill_decode, kill_prefill
 from tests.serving.handoff_process import (
     ANSWER,
@@ -105,6 +106,33 @@ def test_a_link_connects_anew_when_the_server_is_back():
     for each in (engine, shared_engine("prefill")):
         each.backend.check_invariants()
         assert each.backend.get_num_free_blocks() == NUM_BLOCKS
+
+
+def test_a_link_closed_while_it_connects_keeps_no_connection(monkeypatch):
+    engine, begun, may_go_on, made = shared_engine("decode"), threading.Event(), threading.Event(), []
+
+    class Client:
+        is_open, welcome = True, {"bulk_address": ""}
+
+        def __init__(self, *_):
+            made.append(self)
+            begun.set()
+            assert may_go_on.wait(60.0)
+
+        def close(self):
+            self.is_open = False
+
+    monkeypatch.setattr(remote_link, "ControlClient", Client)
+    link = RemoteLink("tcp://127.0.0.1:9", TOKEN, engine)
+    link._identity = identity_of(engine.backend, NAME)
+    with pytest.raises(TransferError, match="gone"):
+        link.send({"kind": "cancel", "id": 0})
+    assert begun.wait(60.0)
+    link.close()
+    may_go_on.set()
+    link._attempt.join()
+    assert not made[0].is_open
+    assert not link.is_open
 
 
 def serving(server):

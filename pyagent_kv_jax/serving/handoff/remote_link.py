@@ -132,6 +132,7 @@ class RemoteLink:
         self._tried = 0.0
         self._attempt: threading.Thread | None = None
         self._closed = False
+        self._lock = threading.Lock()  # over who has the connection: attempts to make one run beside all else
 
     @property
     def is_open(self) -> bool:
@@ -141,8 +142,9 @@ class RemoteLink:
     def introduce(self, identity: InstanceIdentity) -> None:
         """See ``PrefillLink``."""
         client = ControlClient(self._address, self._token, identity, self._timeouts)
-        self._drop_client()
-        self._identity, self._client = identity, client
+        with self._lock:
+            self._drop_client()
+            self._identity, self._client = identity, client
 
     def send(self, message: Message) -> None:
         """See ``PrefillLink``."""
@@ -158,7 +160,8 @@ class RemoteLink:
         try:
             return self._client.poll()
         except TransferError:
-            self._drop_client()
+            with self._lock:
+                self._drop_client()
             raise
 
     def pull(self, uuid: int, num_blocks: int) -> PendingBlocks:
@@ -173,8 +176,9 @@ class RemoteLink:
 
     def close(self) -> None:
         """See ``PrefillLink``."""
-        self._closed = True
-        self._drop_client()
+        with self._lock:
+            self._closed = True
+            self._drop_client()
 
     def _drop_client(self) -> None:
         if self._client is not None:
@@ -199,7 +203,9 @@ class RemoteLink:
             client = ControlClient(self._address, self._token, self._identity, timeouts)
         except TransferError:
             return  # at the next request
-        if self._closed or self._client is not None:
+        with self._lock:
+            wanted = not self._closed and self._client is None
+            if wanted:
+                self._client = client
+        if not wanted:
             client.close()
-        else:
-            self._client = client
