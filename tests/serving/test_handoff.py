@@ -205,7 +205,7 @@ class Broken:
         return messages
 
 
-def gone(_):
+def gone(*_):
     raise TransferError("the other side is gone")
 
 
@@ -331,6 +331,63 @@ def test_a_prefill_step_that_breaks_off(monkeypatch):
     (after,) = decode.generate([first + [1] * 8], ANSWER)
     assert after.transfer_error is None
     assert [entry.token_ids for entry in [*done, after]] == single([first, second, first + [1] * 8])
+
+
+@pytest.mark.parametrize("side", ["decode", "prefill"])
+def test_a_hold_that_a_callback_frees_costs_its_own_load_alone(side):
+    prompts = prompts_of(60, 50)
+    decode = pair()
+    manager = {"decode": decode.manager, "prefill": decode.link.instance.manager}[side]
+    entries = [decode.submit(prompt, ANSWER) for prompt in prompts]
+    while not manager.holds():
+        decode.step()
+    manager.free(manager.holds()[0])
+    while decode.has_unfinished:
+        decode.step()
+    assert "hold" in str(entries[0].transfer_error)
+    assert entries[1].transfer_error is None
+    assert_all_given_back(decode)
+    assert [entry.token_ids for entry in entries] == single(prompts)
+
+
+def test_blocks_of_a_cancelled_prompt_serve_the_next_one():
+    link = LocalLink(make_engine(side="prefill"), "small")
+    instance, (first, second, third) = link.instance, prompts_of(80, 81, 17)
+    for name in ("some", "more", "most"):
+        instance.manager.allocate(name, 88)
+    link.send({"kind": "prefill", "id": 0, "tokens": first})
+    while not link.poll():
+        pass
+    link.send({"kind": "prefill", "id": 1, "tokens": second})
+    while instance.has_work:
+        assert link.poll() == []  # no room beside what is leased
+    assert instance.num_under_way == 1
+    link.send({"kind": "cancel", "id": 1})
+    link.send({"kind": "prefill", "id": 2, "tokens": third})
+    assert [(answer["kind"], answer["id"]) for _ in range(3) for answer in link.poll()] == [("ready", 2)]
+    link.close()
+    for name in ("some", "more", "most"):
+        instance.manager.free(name)
+    instance.manager.check_invariants()
+    assert instance.manager.get_num_free_blocks() == 48
+
+
+def test_what_cannot_be_pulled_or_read_is_not_kept(monkeypatch):
+    decode = pair()
+    with monkeypatch.context() as broken:
+        broken.setattr(decode.link, "pull", gone)
+        (done,) = decode.generate(prompts_of(40), ANSWER)
+        assert "gone" in str(done.transfer_error)
+        assert_all_given_back(decode)
+
+    def no_memory(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(decode.link._stage, "put", no_memory)
+        (done,) = decode.generate(prompts_of(41, seed=1), ANSWER)
+        assert "RESOURCE_EXHAUSTED" in str(done.transfer_error)
+        assert_all_given_back(decode)
 
 
 def test_a_late_release_is_nobodys_failure():

@@ -11,7 +11,7 @@ import numpy as np
 
 from pyagent_kv_jax.distributed.handoff.block_transfer import CHUNK_BYTES, blocks_of_bytes, chunks
 from pyagent_kv_jax.distributed.handoff.messages import Message
-from pyagent_kv_jax.errors import InvalidArgumentError, OutOfBlocksError, TransferError
+from pyagent_kv_jax.errors import InvalidArgumentError, OutOfBlocksError, TransferError, UnknownRequestError
 from pyagent_kv_jax.manager.block_import import PrefixHold
 from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
 from pyagent_kv_jax.serving.handoff.prefill_link import PendingBlocks, PrefillLink
@@ -105,7 +105,11 @@ class BlockLoad:
         elif kind == "staged" and message["part"] in self._asked:
             part = message["part"]
             self._asked.discard(part)
-            self._pulls[part] = message["uuid"], self._link.pull(message["uuid"], len(self._parts[part]))
+            try:
+                self._pulls[part] = message["uuid"], self._link.pull(message["uuid"], len(self._parts[part]))
+            except TransferError:
+                self._say(kind="unwanted", uuid=message["uuid"])
+                raise
         else:
             raise TransferError(f"the prefill instance says {kind!r} of load {self.load_id}, which was not asked")
 
@@ -138,7 +142,8 @@ class BlockLoad:
     def close(self) -> None:
         """Give everything back, here and there."""
         if self.hold is not None:
-            self._manager.release_hold(self.hold.hold_id)
+            with contextlib.suppress(UnknownRequestError):  # freed as a request, under memory pressure for instance
+                self._manager.release_hold(self.hold.hold_id)
             self.hold = None
         for uuid, _ in self._pulls.values():
             self._say(kind="got", uuid=uuid)  # it is on its way and will come, for nobody

@@ -10,13 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pyagent_kv_jax.distributed.handoff.messages import Message
-from pyagent_kv_jax.errors import (
-    InvalidArgumentError,
-    OutOfBlocksError,
-    RequestTooLongError,
-    TooManyRequestsError,
-    TransferError,
-)
+from pyagent_kv_jax.errors import InvalidArgumentError, KVCacheError, OutOfBlocksError, TransferError
 from pyagent_kv_jax.serving.engine import Engine
 from pyagent_kv_jax.serving.generate import one_each
 from pyagent_kv_jax.serving.handoff.block_load import DEFAULT_LOAD_OPTIONS, BlockLoad, LoadOptions
@@ -237,7 +231,7 @@ class DecodeInstance:
         for load_id, (entry, load) in list(self._loads.items()):
             try:
                 moved |= load.advance()
-            except (TransferError, TooManyRequestsError, RequestTooLongError) as error:
+            except KVCacheError as error:
                 self._end_load(load_id, TransferError(str(error)))
                 moved = True
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from pyagent_kv_jax.distributed.handoff.block_layout import Blocks
 from pyagent_kv_jax.distributed.handoff.identity import InstanceIdentity
 from pyagent_kv_jax.distributed.handoff.leases import LeaseBook
 from pyagent_kv_jax.distributed.handoff.messages import Message
-from pyagent_kv_jax.errors import ConfigError, KVCacheError, OutOfBlocksError, TransferError
+from pyagent_kv_jax.errors import ConfigError, KVCacheError, OutOfBlocksError, TransferError, UnknownRequestError
 from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
 from pyagent_kv_jax.serving.engine import Engine
 from pyagent_kv_jax.serving.request import Request
@@ -82,13 +83,13 @@ class PrefillInstance:
         self.manager, self.num_places = manager_of(engine)
         self.identity = identity_of(self.manager, model_name)
         self.stats = PrefillStats()
-        self.leases = LeaseBook(self.manager.release_hold, lease_seconds, self.num_places, clock)
+        self.leases = LeaseBook(self._release_hold, lease_seconds, self.num_places, clock)
         self._stage = stage
         self._waiting: collections.deque[tuple[str, int, np.ndarray]] = collections.deque()
         self._running: dict[str, tuple[str, int, Request]] = {}
         self._staged: dict[str, list[int]] = {}
         self._replies: list[tuple[str, Message]] = []
-        self._lacks_blocks = False  # until a lease ends
+        self._lacks_blocks = False  # until somebody gives some back
 
     # -- what others say ---------------------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ class PrefillInstance:
         if (handler := handlers.get(message["kind"])) is not None:
             try:
                 handler(peer, message)
-            except KVCacheError as error:
+            except (KVCacheError, RuntimeError) as error:  # JAX's: no memory to read blocks into, for instance
                 if "id" in message:  # a late release of what has expired is nobody's failure
                     self._fail(peer, message["id"], error)
 
@@ -116,8 +117,8 @@ class PrefillInstance:
             if who == peer:
                 del self._running[request_id]
                 self.engine.abort(request)
-        if self.leases.end_those_of(peer):
-            self._lacks_blocks = False
+        self.leases.end_those_of(peer)
+        self._lacks_blocks = False
         for uuid in self._staged.pop(peer, []):
             self._stage.drop(uuid)
         self._tidy()
@@ -136,6 +137,7 @@ class PrefillInstance:
             if (who, load_id) == (peer, message["id"]):
                 del self._running[request_id]
                 self.engine.abort(request)
+        self._lacks_blocks = False
         self._tidy()
 
     def _fetch(self, peer: str, message: Message) -> None:
@@ -264,6 +266,10 @@ class PrefillInstance:
     def _tidy(self) -> None:
         if not self.engine.has_unfinished:
             self.engine.abort_all()  # what the last ones held comes back now, and not with a step that may never be
+
+    def _release_hold(self, hold_id: str) -> None:
+        with contextlib.suppress(UnknownRequestError):  # freed as a request, under memory pressure for instance
+            self.manager.release_hold(hold_id)
 
     def _fail(self, peer: str, load_id: int, error: Exception) -> None:
         self._reply(peer, kind="failed", id=load_id, reason=f"{type(error).__name__}: {error}"[:_MOST_REASON])
