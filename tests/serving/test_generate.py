@@ -302,7 +302,7 @@ def test_generate_makes_its_own_cache():
     assert [len(r.token_ids) for r in results] == [4] * 5
     assert len(seen) == 20
     assert generate(small_model(), []) == []
-    with pytest.raises(InvalidArgumentError, match="want one of them"):
+    with pytest.raises(InvalidArgumentError, match="want the one or the others"):
         generate(small_model(), prompts, backend=dense_manager(), cache_config=CONFIG.kv_cache_config(num_blocks=4))
     with pytest.raises(InvalidArgumentError, match="max_num_reqs"):
         generate(small_model(), prompts, backend=dense_manager(4), max_num_seqs=8)
