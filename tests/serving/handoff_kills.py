@@ -15,14 +15,15 @@ import numpy as np
 from pyagent_kv_jax import KVCacheManager
 from pyagent_kv_jax.errors import TransferError
 from pyagent_kv_jax.serving.engine import Engine
-from pyagent_kv_jax.serving.generate import serve
 from pyagent_kv_jax.serving.handoff import DecodeInstance, HandoffRequest, PrefillServer
+from pyagent_kv_jax.serving.handoff.decode_instance import OnFailure
 from tests.serving.handoff_process import (
     ANSWER,
     NAME,
     NUM_BLOCKS,
     TIMEOUTS,
     TOKEN,
+    alone,
     connected,
     first_line,
     new_prompts,
@@ -67,30 +68,37 @@ class _Killer(threading.Thread):
 
 def kill_prefill(count: int, seed: int, cache_dir: pathlib.Path) -> list[Kill]:
     """Kill the prefill process under a decode instance in this one, so many times."""
-    engine, alone, moments = shared_engine("decode"), shared_engine("alone"), random.Random(seed)
     kills = []
     for number in range(count):
-        rng = np.random.default_rng((seed, number))
         with process_to_kill("prefill", TOKEN, cache_dir=cache_dir) as (child, keep):
-            decode = connected(engine, first_line(child), on_failure=("recompute", "fail")[number % 2])
-            _assert_answers(decode, alone, rng)
-            assert decode.link.is_open
-            keep()
-            killer = _Killer(child, moments.uniform(0.0, _LONGEST))
-            entries, prompts, noticed = _traffic_until_an_error(decode, rng, killer)
-        for entry in entries:
-            assert isinstance(entry.transfer_error, TransferError | None)
-            assert entry.failed == (entry.transfer_error is not None and decode.on_failure == "fail")
-        answered = [i for i, entry in enumerate(entries) if not entry.failed]
-        _assert_tokens(alone, [prompts[i] for i in answered], [entries[i].token_ids for i in answered])
-        _assert_all_back(decode.manager)
-        decode.on_failure = "recompute"
-        _assert_answers(decode, alone, rng)  # alone, or with the next child as soon as it is there
-        decode.close()
-        _assert_all_back(decode.manager)
-        lost = sum(entry.transfer_error is not None for entry in entries)
-        kills.append(Kill("prefill", killer.after, noticed, lost, sum(entry.num_fetched for entry in entries)))
+            on_failure = ("recompute", "fail")[number % 2]
+            kills.append(kill_this_prefill(child, keep, first_line(child), on_failure, (seed, number)))
     return kills
+
+
+def kill_this_prefill(
+    child: subprocess.Popen, keep: Callable[[], None], address: str, on_failure: OnFailure, seed: tuple[int, int]
+) -> Kill:
+    """Kill a prefill process that serves at ``address``; child and ``keep`` are of ``process_to_kill``."""
+    rng, after = np.random.default_rng(seed), random.Random(sum(seed)).uniform(0.0, _LONGEST)
+    decode = connected(shared_engine("decode"), address, on_failure=on_failure)
+    _assert_answers(decode, rng)
+    assert decode.link.is_open
+    keep()
+    killer = _Killer(child, after)
+    entries, prompts, noticed = _traffic_until_an_error(decode, rng, killer)
+    for entry in entries:
+        assert isinstance(entry.transfer_error, TransferError | None)
+        assert entry.failed == (entry.transfer_error is not None and decode.on_failure == "fail")
+    _assert_all_back(decode.manager)
+    answered = [i for i, entry in enumerate(entries) if not entry.failed]
+    _assert_tokens(decode.engine, [prompts[i] for i in answered], [entries[i].token_ids for i in answered])
+    decode.on_failure = "recompute"
+    _assert_answers(decode, rng)
+    decode.close()
+    _assert_all_back(decode.manager)
+    lost = sum(entry.transfer_error is not None for entry in entries)
+    return Kill("prefill", killer.after, noticed, lost, sum(entry.num_fetched for entry in entries))
 
 
 def _traffic_until_an_error(
@@ -114,7 +122,7 @@ def _traffic_until_an_error(
 
 def kill_decode(count: int, seed: int, cache_dir: pathlib.Path) -> list[Kill]:
     """Kill decode processes that ask a prefill instance in this one, so many times."""
-    engine, alone, moments = shared_engine("decode"), shared_engine("alone"), random.Random(seed)
+    engine, moments = shared_engine("decode"), random.Random(seed)
     server = PrefillServer(shared_engine("prefill"), NAME, TOKEN, timeouts=TIMEOUTS)
     kills = []
 
@@ -146,7 +154,7 @@ def kill_decode(count: int, seed: int, cache_dir: pathlib.Path) -> list[Kill]:
             serving = threading.Thread(target=serve_until, args=(stop.is_set,), daemon=True)
             serving.start()
             decode = connected(engine, server.address, on_failure="fail")
-            _assert_answers(decode, alone, rng)
+            _assert_answers(decode, rng)
             decode.close()
             _assert_all_back(decode.manager)
             stop.set()
@@ -170,16 +178,17 @@ def _within(seconds: float, done: Callable[[], bool]) -> Callable[[], bool]:
     return is_done
 
 
-def _assert_answers(decode: DecodeInstance, alone: Engine, rng: np.random.Generator) -> None:
+def _assert_answers(decode: DecodeInstance, rng: np.random.Generator) -> None:
     """It serves, and its tokens are those of a single instance."""
     prompts = new_prompts(rng)
     entries = decode.generate(prompts, ANSWER)
     assert not any(entry.failed for entry in entries), [entry.transfer_error for entry in entries]
-    _assert_tokens(alone, prompts, [entry.token_ids for entry in entries])
+    _assert_tokens(decode.engine, prompts, [entry.token_ids for entry in entries])
 
 
-def _assert_tokens(alone: Engine, prompts: list[list[int]], tokens: list[list[int]]) -> None:
-    assert tokens == [result.token_ids for result in serve(alone, prompts, ANSWER)]
+def _assert_tokens(engine: Engine, prompts: list[list[int]], tokens: list[list[int]]) -> None:
+    """They are those that the engine computes when nothing is cached."""
+    assert tokens == alone(engine, prompts)
 
 
 def _assert_all_back(manager: KVCacheManager) -> None:

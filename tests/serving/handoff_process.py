@@ -22,6 +22,7 @@ import numpy as np
 from pyagent_kv_jax import KVCacheManager
 from pyagent_kv_jax.distributed.handoff.control_channel import Timeouts
 from pyagent_kv_jax.serving.engine import Engine, EngineConfig
+from pyagent_kv_jax.serving.generate import serve
 from pyagent_kv_jax.serving.handoff import DecodeInstance, LoadOptions, PrefillServer, RemoteLink
 from pyagent_kv_jax.serving.sampling import SamplingParams
 from pyagent_kv_jax.serving.scheduler import SchedulerStats
@@ -51,6 +52,13 @@ def shared_engine(side: str) -> Engine:
     engine.backend.reset_prefix_cache()
     engine.scheduler.stats = SchedulerStats()
     return engine
+
+
+def alone(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    """Answers of an idle engine that computes all of it itself."""
+    assert not engine.has_unfinished
+    engine.backend.reset_prefix_cache()
+    return [result.token_ids for result in serve(engine, prompts, ANSWER)]
 
 
 def new_prompts(rng: np.random.Generator, count: int = 3) -> list[list[int]]:

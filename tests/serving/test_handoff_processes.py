@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from pyagent_kv_jax.errors import TransferError
-from pyagent_kv_jax.serving.generate import serve
 from pyagent_kv_jax.serving.handoff import DecodeInstance, PrefillServer, RemoteLink, remote_link
 from pyagent_kv_jax.serving.handoff.prefill_instance import identity_of
-from tests.serving.handoff_kills import DEADLINE, SLACK, kill_decode, kill_prefill
+from tests.serving.handoff_kills import DEADLINE, SLACK, kill_decode, kill_this_prefill
 from tests.serving.handoff_process import (
     ANSWER,
     NAME,
@@ -21,10 +20,11 @@ from tests.serving.handoff_process import (
     OPTIONS,
     TIMEOUTS,
     TOKEN,
+    alone,
     connected,
     first_line,
     new_prompts,
-    process,
+    process_to_kill,
     shared_engine,
 )
 
@@ -37,34 +37,47 @@ def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
-def test_two_processes_answer_like_one(cache_dir):
-    engine, alone = shared_engine("decode"), shared_engine("alone")
+@pytest.fixture(scope="module")
+def prefill_processes(cache_dir):
+    """Gives (prefill process, what keeps what it has compiled, its address): the same one as long as it lives."""
+    with contextlib.ExitStack() as stack:
+        started = []
+
+        def living():
+            if not started or started[-1][0].poll() is not None:
+                child, keep = stack.enter_context(process_to_kill("prefill", TOKEN, cache_dir=cache_dir))
+                started.append((child, keep, first_line(child)))
+            return started[-1]
+
+        yield living
+
+
+def test_two_processes_answer_like_one(prefill_processes):
+    engine, (*_, address) = shared_engine("decode"), prefill_processes()
     prompts = [*new_prompts(np.random.default_rng(0), 5), [1, 2, 3]]
-    with process("prefill", TOKEN, cache_dir=cache_dir) as child:
-        address = first_line(child)
-        with pytest.raises(TransferError, match="different tokens"):
-            connected(engine, address, "some other token, as long")
-        with pytest.raises(TransferError, match="model: got 'large', want 'small'"):
-            DecodeInstance(engine, RemoteLink(address, TOKEN, engine, timeouts=TIMEOUTS), "large")
-        decode = connected(engine, address, on_failure="fail")
-        done = decode.generate(prompts, ANSWER)
-        assert [entry.transfer_error for entry in done] == [None] * 6
-        assert [entry.num_fetched for entry in done] == [(len(prompt) - 1) // 8 for prompt in prompts]
-        (again,) = decode.generate([prompts[0] + [5] * 20], ANSWER)
-        shared = len(prompts[0]) // 8
-        assert again.num_present in (shared, shared - (len(prompts[0]) % 8 == 0))
-        assert again.num_fetched == (len(prompts[0]) + 19) // 8 - again.num_present
-        decode.close()
-        engine.backend.check_invariants()
-        assert engine.backend.get_num_free_blocks() == NUM_BLOCKS
-        expected = [result.token_ids for result in serve(alone, [*prompts, prompts[0] + [5] * 20], ANSWER)]
-        assert [entry.token_ids for entry in [*done, again]] == expected
+    with pytest.raises(TransferError, match="different tokens"):
+        connected(engine, address, "some other token, as long")
+    with pytest.raises(TransferError, match="model: got 'large', want 'small'"):
+        DecodeInstance(engine, RemoteLink(address, TOKEN, engine, timeouts=TIMEOUTS), "large")
+    decode = connected(engine, address, on_failure="fail")
+    done = decode.generate(prompts, ANSWER)
+    assert [entry.transfer_error for entry in done] == [None] * 6
+    assert [entry.num_fetched for entry in done] == [(len(prompt) - 1) // 8 for prompt in prompts]
+    (again,) = decode.generate([prompts[0] + [5] * 20], ANSWER)
+    shared = len(prompts[0]) // 8
+    assert again.num_present in (shared, shared - (len(prompts[0]) % 8 == 0))
+    assert again.num_fetched == (len(prompts[0]) + 19) // 8 - again.num_present
+    decode.close()
+    engine.backend.check_invariants()
+    assert engine.backend.get_num_free_blocks() == NUM_BLOCKS
+    assert [entry.token_ids for entry in [*done, again]] == alone(engine, [*prompts, prompts[0] + [5] * 20])
 
 
-def test_a_killed_prefill_process(cache_dir):
-    for kill in kill_prefill(2, 1, cache_dir):
-        assert kill.lost > 0
-        assert kill.noticed < DEADLINE + SLACK
+def test_a_killed_prefill_process(prefill_processes):
+    child, keep, address = prefill_processes()
+    kill = kill_this_prefill(child, keep, address, "recompute", (1, 0))
+    assert kill.lost > 0
+    assert kill.noticed < DEADLINE + SLACK
 
 
 def test_a_killed_decode_process(cache_dir):
@@ -149,7 +162,7 @@ def serving(server):
 
 
 def test_requests_cancelled_at_random_moments_leave_nothing_on_either_side():
-    engine, alone = shared_engine("decode"), shared_engine("alone")
+    engine = shared_engine("decode")
     server = PrefillServer(shared_engine("prefill"), NAME, TOKEN, timeouts=TIMEOUTS)
     stop = serving(server)
     rng = np.random.default_rng(4)
@@ -166,8 +179,7 @@ def test_requests_cancelled_at_random_moments_leave_nothing_on_either_side():
                 decode.step()
             answered = [0, 2]
             assert [entries[i].transfer_error for i in answered] == [None, None]
-            expected = [result.token_ids for result in serve(alone, [prompts[i] for i in answered], ANSWER)]
-            assert [entries[i].token_ids for i in answered] == expected
+            assert [entries[i].token_ids for i in answered] == alone(engine, [prompts[i] for i in answered])
         instance, deadline = server.instance, time.monotonic() + 60.0
         while instance.leases or instance.num_staged or instance.num_under_way:
             assert time.monotonic() < deadline

@@ -210,57 +210,43 @@ def test_what_is_no_json_is_no_message():
             decoded(data)
 
 
-CLIENT = """
-import sys, time
-from tests.distributed.handoff.test_control_channel import *
-client = ControlClient(sys.argv[1], TOKEN, ME, QUICK)
-client.send(ASK)
-time.sleep(60)
-"""
-SERVER = """
+BOTH_SIDES = """
 import sys, time
 from tests.distributed.handoff.test_control_channel import *
 server = ControlServer(TOKEN, ME, "", timeouts=QUICK)
 print(server.address, flush=True)
-time.sleep(60)
+while True:
+    client = ControlClient(sys.argv[1], TOKEN, ME, QUICK)
+    client.send(ASK)
+    while client.is_open:
+        time.sleep(0.01)
 """
 
 
-def process(program, *arguments):
-    return subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)
-
-
-def test_a_killed_client_is_noticed():
+def test_who_falls_silent_or_is_killed_is_noticed_from_both_sides():
     server = ControlServer(TOKEN, ME, "", timeouts=QUICK)
-    child = process(CLIENT, server.address)
+    child = subprocess.Popen([sys.executable, "-c", BOTH_SIDES, server.address], stdout=subprocess.PIPE, text=True)
     try:
-        (said,) = heard(server, seconds=60.0)
-        assert said.message == ASK
-        assert server.poll(1.5) == []  # it is alive for longer than the timeout
-        child.kill()
-        assert heard(server) == [(said.peer, None)]
+        address = child.stdout.readline().strip()
+        for how in (signal.SIGSTOP, signal.SIGKILL):
+            (said,) = heard(server, seconds=60.0)
+            assert said.message == ASK
+            client = ControlClient(address, TOKEN, ME, QUICK)
+            assert server.poll(1.5) == []  # it is alive for longer than the timeout
+            assert client.poll() == []
+            os.kill(child.pid, how)
+            assert heard(server) == [(said.peer, None)]
+            with pytest.raises(TransferError, match="gone"):
+                answers(client)
+            assert not client.is_open
+            with pytest.raises(TransferError, match="gone"):
+                client.send(ASK)
+            client.close()
+            os.kill(child.pid, signal.SIGCONT)  # begins anew
     finally:
         child.kill()
         child.wait()
         server.close()
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_server_that_is_killed_or_falls_silent_is_noticed(how):
-    child = process(SERVER)
-    try:
-        client = ControlClient(child.stdout.readline().strip(), TOKEN, ME, QUICK)
-        assert client.poll(1.5) == []
-        os.kill(child.pid, how)
-        with pytest.raises(TransferError, match="gone"):
-            answers(client)
-        assert not client.is_open
-        with pytest.raises(TransferError, match="gone"):
-            client.send(ASK)
-        client.close()
-    finally:
-        child.kill()
-        child.wait()
 
 
 def test_bad_arguments():
