@@ -232,8 +232,9 @@ class DistributedBlockTable(OwnedTable):
             InvalidArgumentError: there is no such device.
         """
         here: Any = self.worker_id if device is None else device
+        whole = jnp.issubdtype(jnp.asarray(here).dtype, jnp.integer)
         require(
-            (jnp.asarray(here) >= 0) & (jnp.asarray(here) < self.num_workers),
+            whole & (jnp.asarray(here) >= 0) & (jnp.asarray(here) < self.num_workers),
             InvalidArgumentError,
             f"device: got {device}, want 0 to {self.num_workers - 1}",
         )

@@ -168,8 +168,9 @@ def test_locations() -> None:
     for wrong in (16, -1):
         with pytest.raises(InvalidBlockError, match=f"block_id: got {wrong}, want 0 to 15"):
             table.get_block_location([3, wrong])
-    with pytest.raises(InvalidArgumentError, match="device: got 4, want 0 to 3"):
-        table.is_local(3, 4)
+    for nowhere in (4, -1, 0.5):
+        with pytest.raises(InvalidArgumentError, match=f"device: got {nowhere}, want 0 to 3"):
+            table.is_local(3, nowhere)
 
 
 def test_what_cannot_be_is_refused_and_nothing_changes() -> None:
