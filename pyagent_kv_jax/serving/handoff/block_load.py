@@ -169,9 +169,9 @@ class BlockLoad:
         arrived = [(part, uuid, blocks) for part, (uuid, p) in self._pulls.items() if (blocks := p.poll()) is not None]
         for part, uuid, blocks in arrived:
             del self._pulls[part]
+            self._say(kind="got", uuid=uuid)  # whether it can be written or not
             self._manager.write_import(self.hold.hold_id, self._parts[part], blocks)
             self.num_fetched += len(self._parts[part])
-            self._say(kind="got", uuid=uuid)
         return bool(arrived)
 
     def _ask_for_more(self) -> None:
