@@ -106,16 +106,7 @@ class OwnedKVPages:
         return dataclasses.replace(self, k_pages=arrays[0], v_pages=arrays[1])
 
     def attend(
-        self,
-        layer: ArrayLike,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        meta: AttentionMetadata,
-        *,
-        sinks: jax.Array | None = None,
-        strategy: AllReduceStrategy | str = AllReduceStrategy.NCCL,
-        **options: Any,
+        self, layer: ArrayLike, q: jax.Array, k: jax.Array, v: jax.Array, meta: AttentionMetadata, **options: Any
     ) -> tuple[jax.Array, Self]:
         """Write this step's K and V of ``layer``, then attend causally over all the rows hold, wherever it is.
 
@@ -127,9 +118,8 @@ class OwnedKVPages:
             k: [T, num_heads, head_dim].
             v: [T, num_heads, v_head_dim].
             meta: of this step, as ``DistributedBlockTable.extend`` makes it.
-            sinks: f32[q_heads]; counted once, on device 0 of the axis.
-            strategy: static, how partial attentions are merged.
-            **options: as for ``KVPages.attend``.
+            **options: as for ``KVPages.attend``, sinks counted once; and ``strategy``, an ``AllReduceStrategy``: how
+                partial attentions are merged.
 
         Returns:
             ([T, q_heads, v_head_dim] of q's dtype, the new pages).
@@ -137,7 +127,7 @@ class OwnedKVPages:
         Raises:
             ShapeMismatchError: shapes do not fit the cache.
         """
-        out, _, pages = self.attend_with_lse(layer, q, k, v, meta, sinks=sinks, strategy=strategy, **options)
+        out, _, pages = self.attend_with_lse(layer, q, k, v, meta, **options)
         return out, pages
 
     def attend_with_lse(
