@@ -55,14 +55,21 @@ def equal(reference, answers, model) -> None:
     assert comparison.equal, comparison
 
 
-@pytest.mark.parametrize("sizes", [{"dcp": 2, "tp": 4}, {"dcp": 4}, {"tp": 2}, {"dcp": 3, "tp": 2}], ids=str)
-def test_a_mesh_gives_the_tokens_of_one_device(sizes, on_one_device) -> None:
-    """Two KV heads over four tensor ranks; four query heads that twelve ranks do not divide; fewer blocks than used."""
-    engine = engine_for(small_model(), cpu_mesh(**sizes), num_blocks=16)
-    equal(on_one_device, serve(engine, PROMPTS, SAMPLING), small_model())
+@pytest.mark.parametrize(
+    ("sizes", "preempts"),
+    [({"dcp": 2, "tp": 4}, False), ({"dcp": 4}, False), ({"tp": 2}, True), ({"dcp": 3, "tp": 2}, True)],
+    ids=str,
+)
+def test_a_mesh_gives_the_tokens_of_one_device(sizes, preempts, on_one_device) -> None:
+    """Two KV heads over four tensor ranks; four query heads that twelve ranks do not divide; room for 128 tokens."""
+    num_blocks = 128 // (16 * sizes.get("dcp", 1))
+    engine = engine_for(small_model(), cpu_mesh(**sizes), num_blocks=num_blocks)
+    answers = serve(engine, PROMPTS, SAMPLING)
+    equal(on_one_device, answers, small_model())
+    assert (sum(answer.num_preemptions for answer in answers) > 0) == preempts  # in small blocks requests outgrow it
     assert isinstance(engine.backend.pages, ShardedKVPages)
     engine.backend.check_invariants()
-    assert engine.backend.get_num_free_blocks() == 16
+    assert engine.backend.get_num_free_blocks() == num_blocks
 
 
 def test_no_page_travels_in_a_step_of_the_model() -> None:
