@@ -20,7 +20,7 @@ less time). Tiles as flat rows, several blocks a turn and a dispatch each for K 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
 
@@ -40,7 +40,7 @@ from pyagent_kv_jax.errors import (
     ShapeMismatchError,
     is_concrete,
 )
-from pyagent_kv_jax.tables.padding import padded, power_of_two
+from pyagent_kv_jax.tables.padding import chunks, padded, power_of_two
 
 HOST_MEMORY = "pinned_host"
 _LARGEST_CHUNK = 256
@@ -179,7 +179,7 @@ def _swap(copy: Move, source: KVPages | HostPages, target: KVPages | HostPages, 
     src_ids, dst_ids = (_pages_of(ids, k) for ids in checked_pairs(src, dst))
     order = np.argsort(src_ids if copy is _copy_out else dst_ids)  # no destination is named twice: any order will do
     src_ids, dst_ids = src_ids[order], dst_ids[order]
-    for part in _chunks(len(src_ids)):
+    for part in chunks(len(src_ids), _LARGEST_CHUNK):
         written = _DISPATCHED[copy](read, written, src_ids[part], dst_ids[part])
     return written
 
@@ -236,15 +236,6 @@ def _dispatched(copy: Move) -> Callable[..., Arrays]:
 
 
 _DISPATCHED: dict[Move, Callable[..., Arrays]] = {copy: _dispatched(copy) for copy in (_copy_out, _copy_in)}
-
-
-def _chunks(count: int) -> Iterator[slice]:
-    """``count`` pairs in pieces of powers of two: few programs, and no pair is copied for padding."""
-    start = 0
-    while start < count:
-        size = min(1 << (count - start).bit_length() - 1, _LARGEST_CHUNK)
-        yield slice(start, start + size)
-        start += size
 
 
 def _valid_first(src: _Ids, dst: _Ids) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -5,7 +5,7 @@ Within one process that is all there is to a handoff between two meshes: ``move_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.distributed.handoff.block_layout import BlockLayout, Blocks, Pages, sharding_of_blocks
 from pyagent_kv_jax.errors import InvalidBlockError, ShapeMismatchError
+from pyagent_kv_jax.tables.padding import chunks
 
 CHUNK_BYTES = 16 << 20
 """K and V that travel together: large enough that a round trip is nothing beside it, small enough to overlap."""
@@ -101,15 +102,6 @@ def block_geometry(config: KVCacheConfig) -> dict[str, Any]:
 def blocks_of_bytes(config: KVCacheConfig, num_bytes: int) -> int:
     """The largest power of two of blocks of at most so many bytes; at least 1."""
     return 1 << max(num_bytes // config.block_size_bytes(), 1).bit_length() - 1
-
-
-def chunks(count: int, largest: int) -> Iterator[slice]:
-    """``count`` blocks in pieces of powers of two, up to ``largest``: few programs, and nothing is padded."""
-    start = 0
-    while start < count:
-        size = min(1 << (count - start).bit_length() - 1, largest)
-        yield slice(start, start + size)
-        start += size
 
 
 def checked_ids(config: KVCacheConfig, ids: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from pyagent_kv_jax.distributed.handoff.block_transfer import CHUNK_BYTES, blocks_of_bytes, chunks
+from pyagent_kv_jax.distributed.handoff.block_transfer import CHUNK_BYTES, blocks_of_bytes
 from pyagent_kv_jax.distributed.handoff.messages import Message
 from pyagent_kv_jax.errors import InvalidArgumentError, OutOfBlocksError, TransferError, UnknownRequestError
 from pyagent_kv_jax.manager.block_import import PrefixHold
 from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
 from pyagent_kv_jax.serving.handoff.prefill_link import PendingBlocks, PrefillLink
+from pyagent_kv_jax.tables.padding import chunks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ from pyagent_kv_jax.config import LayerGroup
 from pyagent_kv_jax.distributed import CacheSharding, ShardedKVPages
 from pyagent_kv_jax.distributed.handoff import block_transfer
 from pyagent_kv_jax.distributed.handoff.block_layout import Blocks
-from pyagent_kv_jax.distributed.handoff.block_transfer import chunks, move_blocks, read_blocks, write_blocks
+from pyagent_kv_jax.distributed.handoff.block_transfer import move_blocks, read_blocks, write_blocks
+from pyagent_kv_jax.tables.padding import chunks
 
 CONFIG = KVCacheConfig(num_layers=3, num_heads=2, head_dim=8, v_head_dim=4, num_blocks=6, block_size=16)
 WINDOWED = dataclasses.replace(CONFIG, layer_groups=(LayerGroup((0, 2)), LayerGroup((1,), sliding_window=20)))
