@@ -1,17 +1,4 @@
-"""Attention states of all ranks of a mesh axis, merged on all of them: four reductions, equal in result.
-
-Each is made of the merge of two states, which is associative (FlashInfer, arXiv 2501.01005), so only who sends what to
-whom is different. In bytes sent by each of n ranks, for a state of S bytes (float32, one LSE a head beside its output):
-
-- ``NCCL``: XLA's own all-reduce, twice: the highest LSE, then the weighted sums. What it sends is XLA's affair.
-- ``RING``: reduce-scatter and all-gather round the ring: 2(n - 1) sends of S / n. Best for large states.
-- ``TREE``: recursive doubling, partner ``rank ^ 2**k``: log2(n) sends of S. Best for small ones.
-- ``RECURSIVE``: halving and doubling (Thakur, Rabenseifner, Gropp 2005): log2(n) sends of S/2, S/4, ..., then the same
-  backwards: 2S(n - 1) / n in 2 log2(n) sends.
-
-Where n is no power of two, TREE and RECURSIVE fold the ranks in excess into others first and hand them the result at
-the end: two sends of S more.
-"""
+"""Attention states of all ranks of a mesh axis, merged on all of them: four reductions, equal in result."""
 
 from __future__ import annotations
 
@@ -29,7 +16,21 @@ from pyagent_kv_jax.errors import InvalidArgumentError, ShapeMismatchError
 
 
 class AllReduceStrategy(StrEnum):
-    """How attention states of several ranks become one; see the module."""
+    """How attention states of several ranks become one.
+
+    Each is made of the merge of two states, which is associative (FlashInfer, arXiv 2501.01005), so only who sends
+    what to whom is different. In bytes sent by each of n ranks, for a state of S bytes (float32, one LSE a head
+    beside its output):
+
+    - ``NCCL``: XLA's own all-reduce, twice: the highest LSE, then the weighted sums. What it sends is XLA's affair.
+    - ``RING``: reduce-scatter and all-gather round the ring: 2(n - 1) sends of S / n. Best for large states.
+    - ``TREE``: recursive doubling, partner ``rank ^ 2**k``: log2(n) sends of S. Best for small ones.
+    - ``RECURSIVE``: halving and doubling (Thakur, Rabenseifner, Gropp 2005): log2(n) sends of S/2, S/4, ..., then the
+      same backwards: 2S(n - 1) / n in 2 log2(n) sends.
+
+    Where n is no power of two, TREE and RECURSIVE fold the ranks in excess into others first and hand them the result
+    at the end: two sends of S more.
+    """
 
     NCCL = "nccl"
     RING = "ring"

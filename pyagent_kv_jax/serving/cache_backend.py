@@ -25,7 +25,9 @@ class CacheBackend(Protocol):
     sharding: CacheSharding | None
 
     @property
-    def pages(self) -> Any: ...
+    def pages(self) -> Any:
+        """K and V; to be given back by the step that donates them."""
+        ...
 
     @pages.setter
     def pages(self, pages: Any) -> None: ...
