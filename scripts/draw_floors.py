@@ -62,7 +62,7 @@ def draw() -> Figure:
     axes.text(1.07, top, "one step", fontsize=12, weight="bold")
     for place, line in enumerate(STEP):
         axes.text(1.07, len(FLOORS) - 0.3 - place * 0.86, line, fontsize=10, va="center")
-    below = "Each floor imports only floors under it. From tables/ to cache/ all can be traced: it runs inside your own jit."
+    below = "Each floor imports only floors under it. From tables/ to cache/ all can run inside your own jit."
     axes.text(0.0, -0.35, below, fontsize=10, va="center")
     return figure
 
