@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from pyagent_kv_jax.arguments import integers
-from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.paged_kv_cache import PagedKVCache
-from pyagent_kv_jax.config import KVCacheConfig
-from pyagent_kv_jax.errors import InvalidArgumentError, RequestTooLongError, ShapeMismatchError, is_concrete
+from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
+from pyagent_kv_jax.errors import InvalidArgumentError, ShapeMismatchError
+from pyagent_kv_jax.flax.private_cache import (
+    CacheOwner,
+    Rope,
+    attend_padded,
+    check_cache,
+    checked_counts,
+    create_private_cache,
+    positions_from_0,
+)
+from pyagent_kv_jax.flax.shared_kv_cache import LayerHandle
 
-Rope = Callable[[jax.Array, jax.Array], jax.Array]
+_CALL_OPTIONS = frozenset(inspect.signature(nnx.MultiHeadAttention.__call__).parameters)
 
 
 class PagedMultiHeadAttention(nnx.MultiHeadAttention):
@@ -36,7 +44,11 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
 
     The cache is an ``nnx.Cache`` variable of one pytree, ``paged_cache``: it goes through ``nnx.split``, ``nnx.jit``
     and the rest like the variables of ``nnx.MultiHeadAttention``, and is private: each module has a table and a pool.
-    For a whole model share one ``PagedKVCache`` among the layers instead.
+    In a model of several layers give each call a handle of one ``SharedKVCache`` instead, ``cache=shared.layer(i)``,
+    with tokens laid out as its step's, one row after another:
+
+    >>> meta = shared.extend(lens, num_tokens=16)                   # once a step
+    >>> x = x + attention(x, cache=shared.layer(3))                 # each layer; x [1, 16, 64]
 
     Besides the arguments of ``nnx.MultiHeadAttention``:
 
@@ -44,11 +56,16 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
         sliding_window: tokens a query sees in decode, itself included. None: all.
         rope: ``rope(x [batch, n, heads, head_dim], positions i32[batch, n])``, applied to q and k; in decode the cache
             knows the positions, without it they are 0, 1, ....
-        cache_options: fields of ``KVCacheConfig``: ``block_size``, ``num_blocks`` (by default as many as all rows can
-            fill), ``dtype`` (int8 or fp8 for quantised pages), ``kernel_block_size``, ``device``.
+        cache_options: ``block_size``, ``num_blocks`` (by default as many as all rows can fill), ``dtype`` (int8 or fp8
+            for quantised pages, with ``k_scale`` and ``v_scale``: a stored element times its scale is K or V),
+            ``kernel_block_size``, ``device``, ``memory_fraction``; see ``KVCacheConfig``.
+        cache_sharding: where on a mesh the pages lie, KV heads over one axis and tokens over another; a mesh with axes
+            "tp" and "dcp" will do. None: on one device. Kernels lie where ``nnx.with_partitioning`` puts them. Call
+            such a module under ``nnx.jit``.
 
     Raises:
         InvalidArgumentError: options that decode cannot honour, see ``__call__``.
+        ConfigError: a mesh with axes of other names.
     """
 
     def __init__(
@@ -56,7 +73,8 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
         *args: Any,
         sliding_window: int | None = None,
         rope: Rope | None = None,
-        cache_options: dict[str, Any] | None = None,
+        cache_options: Mapping[str, Any] | None = None,
+        cache_sharding: CacheSharding | Mesh | None = None,
         **options: Any,
     ) -> None:
         self.sliding_window = sliding_window
@@ -66,34 +84,31 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
             options["attention_fn"] = partial(_roped, rope, options.get("attention_fn", nnx.dot_product_attention))
         super().__init__(*args, **options)
         self.cache_options = dict(cache_options or {})
+        self.cache_sharding = None if cache_sharding is None else CacheSharding.of(cache_sharding)
         self.paged_cache: nnx.Cache | None = nnx.data(None)
 
     def init_cache(self, input_shape: Sequence[int], dtype: Any = None) -> None:
         """Make an empty cache, or empty the one there is.
 
         Args:
-            input_shape: (rows, most tokens of a row, features), as for ``nnx.MultiHeadAttention``.
-            dtype: of the pages, where ``cache_options`` name none. None: float32 on CPUs, bfloat16 elsewhere.
+            input_shape: (rows, most tokens of a row, features), as for ``nnx.MultiHeadAttention``; several leading
+                axes are rows in all.
+            dtype: of the pages, where ``cache_options`` name none. None: what the module computes in, its ``dtype`` or
+                that of its parameters.
 
         Raises:
             ShapeMismatchError: not such a shape.
-            ConfigError: as ``KVCacheConfig``.
+            ConfigError: as ``KVCacheConfig`` and ``CacheSharding``.
         """
-        if len(input_shape) != 3:
+        if len(input_shape) < 3:
             raise ShapeMismatchError(f"input_shape: got {tuple(input_shape)}, want (rows, tokens, features)")
-        rows, most_tokens, _ = input_shape
-        options: dict[str, Any] = {"block_size": 16, "dtype": None if dtype is None else jnp.dtype(dtype).name}
-        options |= self.cache_options
-        blocks = rows * math.ceil(most_tokens / options["block_size"])
-        config = KVCacheConfig(
-            num_layers=1,
-            num_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            **{"num_blocks": blocks, **options},
-            max_num_reqs=rows,
-            max_model_len=most_tokens,
+        *rows, most_tokens, _ = input_shape
+        dtype = self.dtype or self.param_dtype if dtype is None else dtype
+        self.paged_cache = nnx.Cache(
+            create_private_cache(
+                self._owner, math.prod(rows), most_tokens, dtype, self.cache_options, self.cache_sharding
+            )
         )
-        self.paged_cache = nnx.Cache(PagedKVCache.create(config))
 
     def __call__(
         self,
@@ -102,66 +117,104 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
         inputs_v: jax.Array | None = None,
         *,
         lengths: ArrayLike | None = None,
+        cache: LayerHandle | None = None,
         decode: bool | None = None,
         **options: Any,
     ) -> jax.Array:
         """Attention; in decode over all that the rows hold, this call's tokens last, each seeing those before it.
 
         Args:
-            inputs_q: [batch, n, features].
+            inputs_q: [batch, n, features]; several leading axes are rows in all.
             inputs_k: [batch, n, features]; None: ``inputs_q``.
             inputs_v: likewise; None: ``inputs_k``.
             lengths: i32[batch], in decode: how many of the n tokens of each row are real, the first ones. None: all.
-            decode: overrides the module's.
-            **options: of ``nnx.MultiHeadAttention``. In decode ``mask``, ``sow_weights``, dropout that is not
-                switched off and an ``attention_fn`` of one's own are refused: pages are read by kernels.
+            cache: of this layer, shared with others, in place of the module's own. ``inputs_q`` is then [..., features]
+                of as many tokens as its step has, and the step's ``ok`` tells which rows were refused.
+            decode: overrides the module's; True where ``cache`` is given.
+            **options: of ``nnx.MultiHeadAttention``. In decode ``mask``, ``sow_weights``, ``input_positions``, dropout
+                that is not switched off and an ``attention_fn`` of one's own are refused: pages are read by kernels.
 
         Returns:
             [batch, n, out_features]. In decode, padding gives what the output projection makes of zeros, and a row for
             which there were no blocks left gives NaN, and keeps what it had.
 
         Raises:
-            ShapeMismatchError: inputs that do not fit the cache.
-            InvalidArgumentError: no cache, or an option that decode cannot honour.
+            ShapeMismatchError: inputs that do not fit the cache, or a cache that does not fit the module.
+            InvalidArgumentError: no cache, a shared one that is in no step, or an option that decode cannot honour.
             RequestTooLongError: (outside ``jit``; inside, the row gives NaN) a row that outgrows the cache.
         """
+        if cache is not None:
+            if decode is False or lengths is not None:
+                raise InvalidArgumentError(
+                    f"{type(self).__name__}: got decode={decode} and lengths={lengths!r} with a shared cache, want "
+                    f"neither: its extend() was told the lengths"
+                )
+            return self._attend_shared(cache, inputs_q, inputs_k, inputs_v, options)
         decode = self.decode if decode is None else decode
         if not decode:
             if lengths is not None:
                 raise InvalidArgumentError(f"lengths: got {lengths!r} without decode, want a mask there")
             return super().__call__(inputs_q, inputs_k, inputs_v, decode=decode, **options)
         self._check_options(options)
-        inputs_k = inputs_q if inputs_k is None else inputs_k
-        inputs_v = inputs_k if inputs_v is None else inputs_v
-        cache = self._checked_cache(inputs_q, inputs_k, inputs_v)
-        batch, n, _ = inputs_q.shape
-        counts = jnp.full(batch, n, jnp.int32) if lengths is None else integers("lengths", lengths, batch)
-        self._check_lengths(cache, counts, n)
-        shardings = {"out_sharding": options.get("qkv_sharding")}
-        q, k = self.query(inputs_q, **shardings), self.key(inputs_k, **shardings)
-        v = self.value(inputs_v, **shardings)
+        inputs_q, inputs_k, inputs_v = self._checked_inputs(inputs_q, inputs_k, inputs_v)
+        own = self._checked_cache()
+        counts = checked_counts(self._owner, own, (inputs_q, inputs_k, inputs_v), lengths)
+        q, k, v = self._projected(inputs_q, inputs_k, inputs_v, options.get("qkv_sharding"))
+        out, own = attend_padded(own, q, k, v, counts, rope=self.rope, sliding_window=self.sliding_window)
+        assert self.paged_cache is not None
+        self.paged_cache.set_value(own)
+        return self.out(out, out_sharding=options.get("out_sharding"))
+
+    def _attend_shared(
+        self,
+        cache: LayerHandle,
+        inputs_q: jax.Array,
+        inputs_k: jax.Array | None,
+        inputs_v: jax.Array | None,
+        options: dict[str, Any],
+    ) -> jax.Array:
+        if not isinstance(cache, LayerHandle):
+            kind = type(cache).__name__
+            raise InvalidArgumentError(
+                f"{type(self).__name__}: got a cache of type {kind}, want SharedKVCache.layer(i)"
+            )
+        self._check_options(options)
+        inputs_q, inputs_k, inputs_v = self._checked_inputs(inputs_q, inputs_k, inputs_v)
+        q, k, v = self._projected(inputs_q, inputs_k, inputs_v, options.get("qkv_sharding"))
+        meta = cache.shared.meta
+        fits = (
+            meta is not None and math.prod(q.shape[:-2]) == meta.positions.size
+        )  # if not, attend() says what is wrong
+        if self.rope is not None and meta is not None and fits:
+            positions = meta.positions.reshape(q.shape[:-2])
+            q, k = self.rope(q, positions), self.rope(k, positions)
+        out, _ = cache.attend(q, k, v, sliding_window=self.sliding_window)
+        return self.out(out, out_sharding=options.get("out_sharding"))
+
+    def _projected(self, inputs_q: jax.Array, inputs_k: jax.Array, inputs_v: jax.Array, sharding: Any) -> Any:
+        """Q, K and V [..., n, heads, head_dim]."""
+        q, k = self.query(inputs_q, out_sharding=sharding), self.key(inputs_k, out_sharding=sharding)
+        v = self.value(inputs_v, out_sharding=sharding)
         if self.query_ln is not None and self.key_ln is not None:
             q, k = self.query_ln(q), self.key_ln(k)
-        if self.rope is not None:
-            positions = cache.table.num_tokens[:, None] + jnp.arange(n, dtype=jnp.int32)
-            q, k = self.rope(q, positions), self.rope(k, positions)
-        cache, meta = cache.extend(jnp.where(counts <= n, counts, -1), num_tokens=None if n == 1 else batch * n)
-        places = _places(meta, batch, n)
-        q, k, v = (x.reshape(-1, *x.shape[2:]).at[places].get(mode="fill", fill_value=0) for x in (q, k, v))
-        attended, cache = cache.attend(0, q, k, v, meta, sliding_window=self.sliding_window)
-        assert self.paged_cache is not None
-        self.paged_cache.set_value(cache)
-        out = jnp.zeros_like(attended).at[places].set(attended, mode="drop").reshape(batch, n, *attended.shape[1:])
-        out = jnp.where(meta.ok[:, None, None, None], out, jnp.nan)
-        return self.out(out, out_sharding=options.get("out_sharding"))
+        return q, k, v
+
+    @property
+    def _owner(self) -> CacheOwner:
+        remedy = "init_cache((rows, most tokens, features)) makes another"
+        return CacheOwner(type(self).__name__, remedy, self.num_kv_heads, self.head_dim)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """That nothing is asked of decode that a kernel over pages cannot do."""
+        unknown = sorted(set(options) - _CALL_OPTIONS)
+        if unknown:
+            raise TypeError(f"{type(self).__name__}: got {', '.join(unknown)}, want options of nnx.MultiHeadAttention")
         deterministic = options.get("deterministic")
         deterministic = self.deterministic if deterministic is None else deterministic
         refused = {
             "mask": options.get("mask") is not None,
             "sow_weights": bool(options.get("sow_weights")),
+            "input_positions": options.get("input_positions") is not None,
             "attention_fn": not self.has_default_attention,
             "dropout": self.dropout_rate > 0 and not deterministic,
         }
@@ -169,46 +222,30 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
             wrong = [name for name, given in refused.items() if given]
             raise InvalidArgumentError(f"{type(self).__name__}: got {', '.join(wrong)} in decode, want it without")
 
-    def _checked_cache(self, *inputs: jax.Array) -> PagedKVCache:
-        """The cache, if there is one and the inputs fit it and each other."""
-        name = type(self).__name__
+    def _checked_inputs(self, q: jax.Array, k: jax.Array | None, v: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Inputs of Q, K and V, those that were left out filled in as in ``nnx.MultiHeadAttention``."""
+        if k is None and v is not None:
+            raise InvalidArgumentError(f"{type(self).__name__}: got inputs_v without inputs_k, want inputs_k for both")
+        k = q if k is None else k
+        v = k if v is None else v
+        wanted = (self.in_features, self.in_kv_features, self.in_kv_features)
+        if any(x.shape[-1:] != (features,) for x, features in zip((q, k, v), wanted, strict=True)):
+            shapes = [list(x.shape) for x in (q, k, v)]
+            raise ShapeMismatchError(
+                f"{type(self).__name__}: got inputs of shapes {shapes}, want last axes of {wanted} features"
+            )
+        return q, k, v
+
+    def _checked_cache(self) -> PagedKVCache:
         if self.paged_cache is None:
             raise InvalidArgumentError(
-                f"{name}: got decode=True without a cache, want init_cache((rows, most tokens, features)) called before"
+                f"{type(self).__name__}: got decode=True without a cache, want init_cache((rows, most tokens, "
+                f"features)) called before"
             )
-        cache: PagedKVCache = self.paged_cache.get_value()
-        rows, shape = cache.config.max_num_reqs, inputs[0].shape
-        if len(shape) != 3 or shape[0] != rows or any(x.shape[:2] != shape[:2] for x in inputs):
-            raise ShapeMismatchError(
-                f"{name}: got inputs of shapes {[list(x.shape) for x in inputs]}, want [{rows}, n, features] each, for "
-                f"its cache of {rows} rows of {cache.config.max_model_len} tokens; init_cache() makes another"
-            )
-        return cache
-
-    def _check_lengths(self, cache: PagedKVCache, counts: jax.Array, n: int) -> None:
-        if not is_concrete(counts, cache.table.num_tokens):
-            return
-        given, held = np.asarray(counts), np.asarray(cache.table.num_tokens)
-        if ((given < 0) | (given > n)).any():
-            raise InvalidArgumentError(f"lengths: got {given.tolist()}, want 0 to {n} each, the tokens of a row")
-        most = cache.config.max_model_len
-        if (held + given > most).any():
-            row = int(np.argmax(held + given))
-            raise RequestTooLongError(
-                f"{type(self).__name__}: row {row} would hold {held[row] + given[row]} tokens, want at most {most}, as "
-                f"init_cache() was told"
-            )
-
-
-def _places(meta: AttentionMetadata, batch: int, n: int) -> jax.Array:
-    """i32[batch * n]: where in [batch, n] each token stands when rows follow each other; past the end for padding."""
-    if meta.query_start_loc is None:
-        return jnp.arange(batch, dtype=jnp.int32)
-    starts, tokens = meta.query_start_loc, jnp.arange(batch * n, dtype=jnp.int32)
-    row = jnp.clip(jnp.searchsorted(starts, tokens, side="right") - 1, 0, batch - 1)
-    return jnp.where(tokens < starts[-1], row * n + tokens - starts[row], batch * n)
+        return check_cache(self._owner, self.paged_cache.get_value())
 
 
 def _roped(rope: Rope, attention_fn: Callable[..., jax.Array], query: Any, key: Any, *args: Any, **options: Any) -> Any:
-    positions = (jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2]) for x in (query, key))
-    return attention_fn(*(rope(x, at) for x, at in zip((query, key), positions, strict=True)), *args, **options)
+    """``attention_fn`` of turned Q and K."""
+    query, key = (rope(x, positions_from_0(x)) for x in (query, key))
+    return attention_fn(query, key, *args, **options)

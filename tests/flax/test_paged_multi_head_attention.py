@@ -133,7 +133,7 @@ def test_what_decode_cannot_do_is_refused() -> None:
         (fresh, (x,), {"deterministic": False}, InvalidArgumentError, "got dropout in decode"),
         (ours, (x,), {"mask": jnp.ones((1, 1, 2, 2), bool)}, InvalidArgumentError, "got mask in decode"),
         (ours, (x,), {"sow_weights": True}, InvalidArgumentError, "got sow_weights in decode"),
-        (ours, (x[:2],), {}, ShapeMismatchError, r"want \[4, n, features\] each, for its cache of 4 rows of 96 tokens"),
+        (ours, (x[:2],), {}, ShapeMismatchError, r"want \[4, n, features\] each, for its cache of 4 rows x 96 tokens"),
         (ours, (x,), {"lengths": [3, 0, 0, 0]}, InvalidArgumentError, r"lengths: got \[3, 0, 0, 0\], want 0 to 2"),
         (ours, (x,), {"lengths": [1, 1]}, ShapeMismatchError, "lengths"),
         (ours, (x,), {"lengths": [1, 1, 1, 1], "decode": False}, InvalidArgumentError, "without decode"),
