@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
@@ -63,6 +64,11 @@ class PagedMultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     rope: Rope | None = None
     cache_options: Mapping[str, Any] | None = None
     cache_sharding: CacheSharding | Mesh | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache_options is not None:  # hashable, for jit with the module as a static argument
+            object.__setattr__(self, "cache_options", FrozenDict(self.cache_options))
+        super().__post_init__()
 
     @nn.compact
     def __call__(
