@@ -47,10 +47,22 @@ def split_model(
     """The step of ``model`` and its weights as a flat tuple, which dispatches faster than an nnx state.
 
     ``replicated``: for a model on a mesh, where every device is to have what the step sends back.
+
+    A model with a static attribute that cannot be hashed (a dataclass that may change) gets a step of its own each
+    time, which compiles anew: keep the engine.
     """
     graph, state = nnx.split(model)
     weights, structure = jax.tree.flatten(state)
-    return _compiled_step(graph, structure, replicated), tuple(weights)
+    shared_or_new = _compiled_step if _is_hashable(graph) else _compiled_step.__wrapped__
+    return shared_or_new(graph, structure, replicated), tuple(weights)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _tables_of_rows(meta: AttentionMetadata) -> jax.Array:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 from pyagent_kv_jax import InvalidArgumentError, PagedKVCache, ShapeMismatchError
-from pyagent_kv_jax.flax.linen import attend, cache_collection, cache_of, has_cache
+from pyagent_kv_jax.flax.linen import apply_with_cache, attend, cache_collection, cache_of, has_cache
 from tests.flax.test_shared_kv_cache import (
     CONFIG,
     DIM,
@@ -136,9 +136,7 @@ def stacked() -> dict[str, Any]:
 
 
 def by_collection(model: nn.Module, params: Any, x: jax.Array, cache: Any, meta: Any) -> Any:
-    variables = {"params": params, "cache": cache_collection(cache, meta)}
-    out, changed = model.apply(variables, x, mutable=["cache"])
-    return out, cache_of(changed["cache"])
+    return apply_with_cache(model, {"params": params}, cache, meta, x)
 
 
 def by_collection_of_layers(model: nn.Module, params: Any, x: jax.Array, cache: Any, meta: Any) -> Any:
@@ -191,7 +189,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     model, params, x = Model(), listed(), jnp.ones((ROWS, 1, FEATURES))
     cache, meta = PagedKVCache.create(CONFIG).extend(jnp.ones(ROWS, int))
     collection = cache_collection(cache, meta)
-    with pytest.raises(InvalidArgumentError, match=r"Layer layers_0: .* without a paged cache, want apply"):
+    with pytest.raises(InvalidArgumentError, match=r"Layer layers_0: .* without a paged cache, want apply_with_cache"):
         model.apply({"params": params}, x)
     with pytest.raises(InvalidArgumentError, match=r'Layer layers_0: .* cannot be written, want .*mutable=\["cache"\]'):
         model.apply({"params": params, "cache": collection}, x)
@@ -205,6 +203,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         attend(model, 0, x, x, x)
     with pytest.raises(InvalidArgumentError, match=r"cache_of: got a collection of \['layers'\]"):
         cache_of({"layers": collection})
+    with pytest.raises(InvalidArgumentError, match=r"Model: got variables with a collection 'cache'"):
+        apply_with_cache(model, {"params": params, "cache": collection}, cache, meta, x)
     assert not has_cache(model)
     assert has_cache(model.bind({"params": params, "cache": collection}))
     assert not has_cache(model.bind({"params": params}))

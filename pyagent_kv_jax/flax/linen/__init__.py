@@ -6,12 +6,13 @@ from pyagent_kv_jax.flax.linen.paged_multi_head_attention import (
     MultiHeadDotProductAttention,
     PagedMultiHeadDotProductAttention,
 )
-from pyagent_kv_jax.flax.linen.shared_kv_cache import attend, cache_collection, cache_of, has_cache
+from pyagent_kv_jax.flax.linen.shared_kv_cache import apply_with_cache, attend, cache_collection, cache_of, has_cache
 
 __all__ = [
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
     "PagedMultiHeadDotProductAttention",
+    "apply_with_cache",
     "attend",
     "cache_collection",
     "cache_of",

@@ -1,15 +1,15 @@
 """One paged cache that all layers of a Linen model share, in the ``cache`` collection.
 
->>> cache, meta = cache.extend(lens, num_tokens=tokens.size)         # tokens of all rows, one row after another
->>> out, changed = model.apply(
-...     {"params": params, "cache": cache_collection(cache, meta)},
-...     tokens[None], meta.positions[None],                          # each layer: attend(self, layer, q, k, v)
-...     mutable=["cache"],
-... )
->>> cache = cache_of(changed["cache"])
+>>> @partial(jax.jit, donate_argnums=1)
+... def step(params, cache, tokens, lens):
+...     cache, meta = cache.extend(lens, num_tokens=tokens.size)     # tokens of all rows, one row after another
+...     logits, cache = apply_with_cache(                            # each layer: attend(self, layer, q, k, v)
+...         model, {"params": params}, cache, meta, tokens[None], meta.positions[None]
+...     )
+...     return logits[0], meta.ok, cache
 
 The collection stands at the root of what is applied, where every module below finds it, also where the model's
-``__call__`` is under ``nn.jit``. Donate the cache to the ``jax.jit`` around, and the pages are written in place.
+``__call__`` is under ``nn.jit``. With the cache donated to the ``jax.jit`` around, pages are written in place.
 
 ``nn.scan``, ``nn.remat`` and ``nn.jit`` of a *part* of a model show that part its own variables only. There are two
 ways through them, both in place:
@@ -33,6 +33,40 @@ from pyagent_kv_jax.errors import InvalidArgumentError
 from pyagent_kv_jax.flax.cache_in_step import CacheInStep
 
 _COLLECTION, _NAME = "cache", "paged_kv_cache"
+
+
+def apply_with_cache(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    cache: Any,
+    meta: AttentionMetadata,
+    *args: Any,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """``model.apply(variables, *args, **options)`` with a paged cache, in which every layer may ``attend``.
+
+    Args:
+        model: any Linen module, bound to nothing.
+        variables: without a ``cache`` collection, ``{"params": params}`` say.
+        cache: as for ``cache_collection``.
+        meta: of this step, from ``cache.extend``.
+        *args: of the model.
+        **options: of the model.
+
+    Returns:
+        (what the model returns, the new cache).
+
+    Raises:
+        InvalidArgumentError: a ``cache`` collection there already.
+    """
+    if _COLLECTION in variables:
+        raise InvalidArgumentError(
+            f"{type(model).__name__}: got variables with a collection {_COLLECTION!r} of their own, want them without, "
+            f"as the paged cache stands there"
+        )
+    variables = {**variables, _COLLECTION: cache_collection(cache, meta)}
+    out, changed = model.apply(variables, *args, mutable=[_COLLECTION], **options)
+    return out, cache_of(changed[_COLLECTION])
 
 
 def cache_collection(cache: Any, meta: AttentionMetadata) -> dict[str, CacheInStep]:
@@ -88,9 +122,8 @@ def attend(module: nn.Module, layer: ArrayLike, q: jax.Array, k: jax.Array, v: j
     name = type(module).__name__ if module.scope is None else f"{type(module).__name__} {'/'.join(module.path)}".strip()
     if module.scope is None or not has_cache(module):
         raise InvalidArgumentError(
-            f"{name}: got attend() without a paged cache, want "
-            f'apply({{"params": params, "cache": cache_collection(cache, meta)}}, ..., mutable=["cache"]); under '
-            f"nn.scan or nn.remat of a part of the model see pyagent_kv_jax.flax.linen.shared_kv_cache"
+            f"{name}: got attend() without a paged cache, want apply_with_cache(model, variables, cache, meta, ...); "
+            f"under nn.scan or nn.remat of a part of the model see pyagent_kv_jax.flax.linen.shared_kv_cache"
         )
     root = module.scope.root
     if not root.is_mutable_collection(_COLLECTION):
