@@ -220,6 +220,7 @@ class ManagerState(StepsInReserve):
         if not record.is_counted and record.may_read and self.options.prefix_caching:
             self.hit_rate.record(record.num_tokens, hit.num_tokens)
             self.counts.hits_cut_short += hit.limited_by is not None
+            self.prefixes.count_hits(hit.blocks)
         record.is_counted = True
 
     def _swap_in(self, request_id: str, row: int, start: Start) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from pyagent_kv_jax.errors import (
     UnknownRequestError,
 )
 from pyagent_kv_jax.manager.admission import token_counts
+from pyagent_kv_jax.manager.manager_snapshot import ManagerSnapshot, snapshot_of
 from pyagent_kv_jax.manager.manager_state import ManagerState
 from pyagent_kv_jax.manager.manager_stats import ManagerStats
 from pyagent_kv_jax.manager.prefix.events import EventLog
@@ -155,6 +156,11 @@ class ManagerViews:
         """A snapshot of counts: blocks, requests, hit rates, preemptions, waste."""
         with self._lock:
             return self._state.stats()
+
+    def snapshot(self) -> ManagerSnapshot:
+        """Who holds which block and what the prefix cache knows, all of one moment; costs O(pool)."""
+        with self._lock:
+            return snapshot_of(self._state)
 
     def check_invariants(self) -> None:
         """Check pool, tables and prefix cache against each other; costs O(pool).

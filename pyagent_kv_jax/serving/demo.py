@@ -23,7 +23,7 @@ from pyagent_kv_jax.errors import KVCacheError
 from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
 from pyagent_kv_jax.manager.options import ManagerOptions
 from pyagent_kv_jax.models import load_model, load_tokenizer
-from pyagent_kv_jax.serving.block_map import Panel, save_block_map
+from pyagent_kv_jax.pictures.blocks_over_time import BlocksPanel, blocks_over_time
 from pyagent_kv_jax.serving.cache_backend import CacheBackend
 from pyagent_kv_jax.serving.cache_record import CacheHistory, CacheRecord
 from pyagent_kv_jax.serving.dense_baseline import DenseCacheManager
@@ -230,10 +230,11 @@ def _draw(dense: Run, paged: Run, sizes: DemoSizes, path: Path) -> None:
     blocks = f"Paged cache, the same memory in {paged.config.pool_blocks} blocks of {sizes.block_size}"
     units = sizes.max_model_len // sizes.block_size
     panels = [
-        Panel(title(dense, rows), label, dense.history, units),
-        Panel(title(paged, blocks), "block id", paged.history, units),
+        BlocksPanel(title(dense, rows), label, dense.history.owner, dense.history.used, units),
+        BlocksPanel(title(paged, blocks), "block id", paged.history.owner, paged.history.used, units),
     ]
-    save_block_map(panels, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    blocks_over_time(panels).savefig(path, dpi=120)
 
 
 def _print_table(console: Console, dense: Run, paged: Run) -> None:

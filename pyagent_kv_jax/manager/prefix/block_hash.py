@@ -204,6 +204,10 @@ class BlockKeys:
         """Key of the block before block ``index``; None for the first."""
         return self.digests[index - 1] if index else None
 
+    def before(self, index: int) -> bytes:
+        """What comes before block ``index``: the key of the block before it, or the chain's root."""
+        return self.digests[index - 1] if index else self._root
+
     def copy(self) -> BlockKeys:
         """Keys of a fork: equal so far, growing apart from here."""
         other = BlockKeys(self.hasher, self.extras, self._root, self.root_node)

@@ -14,6 +14,7 @@ import numpy as np
 
 from pyagent_kv_jax.errors import ConfigError, InvalidArgumentError, InvalidBlockError, ShapeMismatchError
 from pyagent_kv_jax.manager.prefix.block_hash import BlockHasher, BlockKeys, ChainNode
+from pyagent_kv_jax.manager.prefix.chain_places import CachedBlocks, ChainPlaces, Places
 from pyagent_kv_jax.manager.prefix.digest_map import WORDS, DigestMap
 from pyagent_kv_jax.manager.prefix.events import BlockRemoved
 from pyagent_kv_jax.manager.prefix.prefix_search import LocalSearch, Reach
@@ -40,10 +41,12 @@ class Claim(NamedTuple):
     Attributes:
         digests: u64[n, WORDS].
         places: i64[n] in each group's map; -1 where another block has the key.
+        chain: where the blocks stand in their prefixes.
     """
 
     digests: np.ndarray
     places: list[np.ndarray]
+    chain: Places
 
 
 class PrefixCache:
@@ -89,6 +92,7 @@ class PrefixCache:
         self._hasher: BlockHasher | None = None
         self._maps = [DigestMap(num_blocks) for _ in windows]
         self._group_of = np.full(num_blocks, -1, np.int8)  # -1: not cached
+        self._chain = ChainPlaces(num_blocks)
         # Of every cached block where the digest is no proof; else empty.
         self._content_of: dict[int, tuple[bytes, ChainNode]] = {}
 
@@ -243,14 +247,16 @@ class PrefixCache:
         if places[0] < 0:
             self.num_collisions += not self._is_content(keys, index, int(self._maps[group].find(digests)[0]))
             return False
-        self._fill(group, places, digests, np.array([block], np.int32))
+        chain = Places.of_runs([(keys, index, index + 1)], digests[:, 0])
+        self._fill(group, places, digests, np.array([block], np.int32), chain)
         if keys.nodes is not None:
             self._content_of[block] = keys.digests[index], keys.nodes[index]
         return True
 
-    def _fill(self, group: int, places: np.ndarray, digests: np.ndarray, ids: np.ndarray) -> None:
+    def _fill(self, group: int, places: np.ndarray, digests: np.ndarray, ids: np.ndarray, chain: Places) -> None:
         self._maps[group].fill(places, digests, ids)
         self._group_of[ids] = group
+        self._chain.put(ids, chain)
 
     def claim(self, runs: Sequence[tuple[BlockKeys, int, int]]) -> Claim | None:
         """Make room, in all groups, for blocks of many requests whose ids are not known yet.
@@ -270,17 +276,17 @@ class PrefixCache:
         if not self._content_is_proven:
             return None
         digests = words_of(runs)
-        return Claim(digests, [a_map.claim(digests) for a_map in self._maps])
+        return Claim(digests, [a_map.claim(digests) for a_map in self._maps], Places.of_runs(runs, digests[:, 0]))
 
     def enter(self, group: int, claim: Claim, ids: np.ndarray) -> np.ndarray:
         """As ``insert``, for the blocks ``ids`` i32[n] of a claim, none twice; -1 for those that came to nothing."""
-        digests, places = claim.digests, claim.places[group]
+        digests, places, chain = claim.digests, claim.places[group], claim.chain
         fresh = (ids >= 0) & (self._group_of[ids] < 0)
         kept = fresh & (places >= 0)
         if not kept.all():
             self._maps[group].release(places[(places >= 0) & ~fresh])
-            digests, places, ids = digests[kept], places[kept], ids[kept]
-        self._fill(group, places, digests, ids)
+            digests, places, ids, chain = digests[kept], places[kept], ids[kept], chain.of(kept)
+        self._fill(group, places, digests, ids, chain)
         return ids
 
     def forget(self, block_ids: Iterable[int] | np.ndarray) -> list[BlockRemoved]:
@@ -330,6 +336,7 @@ class PrefixCache:
             self._maps[group].move(old[groups == group], new[groups == group])
         self._group_of[old] = -1
         self._group_of[new] = groups
+        self._chain.move(old, new)
         moved = dict(zip(old.tolist(), new.tolist(), strict=True))
         self._content_of = {moved.get(block, block): content for block, content in self._content_of.items()}
 
@@ -357,6 +364,16 @@ class PrefixCache:
             return np.flatnonzero(self._group_of >= 0).astype(np.int32)
         blocks = self.blocks_of(keys)
         return blocks[blocks >= 0]
+
+    def count_hits(self, blocks: np.ndarray) -> None:
+        """A request began with these blocks i32[...] of a ``PrefixHit``."""
+        self._chain.count_hits(blocks[blocks >= 0])
+
+    def cached_blocks(self, group: int = 0) -> CachedBlocks:
+        """All blocks of a group that can be hit, and where they stand in the tree of prefixes. Costs O(pool)."""
+        ids, chain = self._maps[group].blocks(), self._chain
+        keys = self._maps[group].digests_of(ids)[:, 0].copy()
+        return CachedBlocks(ids, keys, chain.parents[ids], chain.columns[ids], chain.hits[ids])
 
     def key_of(self, block_id: int) -> bytes | None:
         """Key of a block; None: it is not cached."""
