@@ -24,6 +24,7 @@ from pyagent_kv_jax.flax.private_cache import (
     checked_counts,
     create_private_cache,
     positions_from_0,
+    static_options,
 )
 from pyagent_kv_jax.flax.shared_kv_cache import LayerHandle
 
@@ -79,11 +80,12 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
     ) -> None:
         self.sliding_window = sliding_window
         self.rope = rope
-        self.has_default_attention = "attention_fn" not in options
-        if rope is not None:
-            options["attention_fn"] = partial(_roped, rope, options.get("attention_fn", nnx.dot_product_attention))
-        super().__init__(*args, **options)
-        self.cache_options = dict(cache_options or {})
+        attention_fn = options.pop("attention_fn", nnx.dot_product_attention)
+        self.has_default_attention = attention_fn is nnx.dot_product_attention
+        super().__init__(
+            *args, attention_fn=attention_fn if rope is None else partial(_roped, rope, attention_fn), **options
+        )
+        self.cache_options = static_options(cache_options)
         self.cache_sharding = None if cache_sharding is None else CacheSharding.of(cache_sharding)
         self.paged_cache: nnx.Cache | None = nnx.data(None)
 
@@ -175,18 +177,14 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
     ) -> jax.Array:
         if not isinstance(cache, LayerHandle):
             kind = type(cache).__name__
-            raise InvalidArgumentError(
-                f"{type(self).__name__}: got a cache of type {kind}, want SharedKVCache.layer(i)"
-            )
+            raise InvalidArgumentError(f"{type(self).__name__}: got a cache of type {kind}, want shared.layer(i)")
         self._check_options(options)
         inputs_q, inputs_k, inputs_v = self._checked_inputs(inputs_q, inputs_k, inputs_v)
         q, k, v = self._projected(inputs_q, inputs_k, inputs_v, options.get("qkv_sharding"))
-        meta = cache.shared.meta
-        fits = (
-            meta is not None and math.prod(q.shape[:-2]) == meta.positions.size
-        )  # if not, attend() says what is wrong
-        if self.rope is not None and meta is not None and fits:
-            positions = meta.positions.reshape(q.shape[:-2])
+        step = cache.shared.meta
+        # Where there is no step, or one of another size, attend() says so.
+        if self.rope is not None and step is not None and step.positions.size == math.prod(q.shape[:-2]):
+            positions = step.positions.reshape(q.shape[:-2])
             q, k = self.rope(q, positions), self.rope(k, positions)
         out, _ = cache.attend(q, k, v, sliding_window=self.sliding_window)
         return self.out(out, out_sharding=options.get("out_sharding"))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
@@ -54,6 +55,14 @@ class CacheOwner(NamedTuple):
     head_dim: int
 
 
+def static_options(options: Mapping[str, Any] | None) -> FrozenDict[str, Any]:
+    """``cache_options`` as a module keeps them: hashable, for ``jit`` with the module as a static argument.
+
+    Scales of several heads become tuples.
+    """
+    return FrozenDict({name: _static(value) for name, value in (options or {}).items()})
+
+
 def create_private_cache(
     owner: CacheOwner,
     rows: int,
@@ -69,9 +78,9 @@ def create_private_cache(
         rows: requests it holds at once.
         most_tokens: of the longest.
         dtype: of the pages, where ``options`` name none.
-        options: ``block_size`` (16), ``num_blocks`` (as many as all rows can fill), ``dtype``, ``kernel_block_size``,
-            ``device``, ``memory_fraction``, of ``KVCacheConfig``; ``k_scale`` and ``v_scale`` (1), of quantised pages,
-            of ``KVPages.with_scales``.
+        options: of ``KVCacheConfig`` ``block_size`` (16), ``num_blocks`` (as many as all rows can fill), ``dtype`` (also
+            as JAX has it), ``kernel_block_size``, ``device``, ``memory_fraction``; of ``KVPages.with_scales``, for
+            quantised pages, ``k_scale`` and ``v_scale`` (1).
         sharding: where on a mesh. None: on one device.
 
     Raises:
@@ -83,10 +92,9 @@ def create_private_cache(
         raise ConfigError(
             f"cache_options: got {', '.join(unknown)}, want some of {', '.join(_CONFIG_OPTIONS + _SCALES)}"
         )
-    fields = {"block_size": 16, "dtype": jnp.dtype(dtype).name}
+    fields: dict[str, Any] = {"block_size": 16}
     fields |= {name: value for name, value in options.items() if name in _CONFIG_OPTIONS}
-    if fields["dtype"] not in list(DType):
-        raise ConfigError(f"dtype of the pages: got {fields['dtype']!r}, want one of {[kind.value for kind in DType]}")
+    fields["dtype"] = _dtype_name(fields.get("dtype") or dtype)
     if "num_blocks" not in fields and isinstance(fields["block_size"], int) and fields["block_size"] > 0:
         fields["num_blocks"] = rows * math.ceil(most_tokens / fields["block_size"])
     config = KVCacheConfig(
@@ -228,6 +236,22 @@ def attend_padded(
 def positions_from_0(x: jax.Array) -> jax.Array:
     """i32[..., n]: where the tokens of [..., n, heads, head_dim] stand without a cache."""
     return jnp.broadcast_to(jnp.arange(x.shape[-3], dtype=jnp.int32), x.shape[:-2])
+
+
+def _static(value: Any) -> Any:
+    def as_tuples(value: Any) -> Any:
+        return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+    return as_tuples(np.asarray(value).tolist()) if isinstance(value, (list, np.ndarray, jax.Array)) else value
+
+
+def _dtype_name(dtype: Any) -> str:
+    """As ``DType`` has it."""
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    name = {"float8_e4m3fn": "fp8"}.get(name, name)
+    if name not in list(DType):
+        raise ConfigError(f"dtype of the pages: got {name!r}, want one of {[kind.value for kind in DType]}")
+    return name
 
 
 def _check_axis_types(owner: CacheOwner) -> None:

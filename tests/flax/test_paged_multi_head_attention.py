@@ -180,11 +180,10 @@ def test_one_trace_serves_ragged_decode_and_the_state_keeps_its_shapes() -> None
         np.testing.assert_allclose(np.stack(got[row]), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "stored", "error"), [("int8", jnp.int8, 0.03), ("fp8", jnp.uint8, 0.1)])
-def test_quantised_pages(dtype: str, stored: Any, error: float) -> None:
+@pytest.mark.parametrize(("dtype", "stored", "error"), [("int8", jnp.int8, 0.03), (jnp.float8_e4m3fn, jnp.uint8, 0.1)])
+def test_quantised_pages(dtype: Any, stored: Any, error: float) -> None:
     """Near, and not nearer than their scales allow, so it is they that are read; under ``nnx.remat``."""
-    scales = {"int8": 0.03, "fp8": 0.01}[dtype]
-    options = {"dtype": dtype, "k_scale": scales, "v_scale": scales}
+    options = {"dtype": dtype, "k_scale": jnp.array([0.03, 0.025]), "v_scale": np.array([0.02, 0.03])}  # of KV heads
     _, ours = pair("grouped", sliding_window=3, cache_options=options)
     assert ours.paged_cache.get_value().pages.k_pages.dtype == stored
     x = jax.random.normal(jax.random.key(4), (ROWS, 5, FEATURES))
@@ -207,7 +206,7 @@ def test_rows_may_be_spread_over_several_axes() -> None:
 
 def test_layers_that_share_one_cache() -> None:
     """Two layers over one table and pool, with RoPE: as with a cache each; prompts, then decode."""
-    layers = [pair("grouped", rope=rope, sliding_window=window)[1] for window in (None, 5)]
+    layers = [pair("grouped", rope=rope, sliding_window=window)[1] for window in (None, 2)]
     nnx.update(layers[1], jax.tree.map(lambda x: x * 1.5, nnx.state(layers[1], nnx.Param)))
     for layer in layers:
         layer.out = nnx.LinearGeneral((6, 8), FEATURES, axis=(-2, -1), rngs=nnx.Rngs(7))
@@ -233,7 +232,7 @@ def test_layers_that_share_one_cache() -> None:
         x = got
     assert cache.table.num_tokens.tolist() == [3, 0, 3, 3]
     for options, message in (
-        ({"cache": shared}, "got a cache of type SharedKVCache, want SharedKVCache.layer"),
+        ({"cache": shared}, "got a cache of type SharedKVCache, want shared.layer"),
         ({"cache": shared.layer(0), "lengths": [1] * 4}, "with a shared cache"),
         ({"cache": shared.layer(0), "decode": False}, "with a shared cache"),
         ({"cache": shared.layer(0)}, "outside a step"),

@@ -26,6 +26,7 @@ from pyagent_kv_jax.flax.private_cache import (
     checked_counts,
     create_private_cache,
     positions_from_0,
+    static_options,
 )
 
 
@@ -62,12 +63,11 @@ class PagedMultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     num_kv_heads: int | None = None
     sliding_window: int | None = None
     rope: Rope | None = None
-    cache_options: Mapping[str, Any] | None = None
+    cache_options: Mapping[str, Any] = FrozenDict()
     cache_sharding: CacheSharding | Mesh | None = None
 
     def __post_init__(self) -> None:
-        if self.cache_options is not None:  # hashable, for jit with the module as a static argument
-            object.__setattr__(self, "cache_options", FrozenDict(self.cache_options))
+        object.__setattr__(self, "cache_options", static_options(self.cache_options))
         super().__post_init__()
 
     @nn.compact
@@ -201,7 +201,7 @@ class PagedMultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         *rows, most_tokens, kv_heads, head_dim = k.shape
         sharding = None if self.cache_sharding is None else CacheSharding.of(self.cache_sharding)
         owner = CacheOwner(self._name(), _REMEDY, kv_heads, head_dim)
-        return create_private_cache(owner, math.prod(rows), most_tokens, k.dtype, self.cache_options or {}, sharding)
+        return create_private_cache(owner, math.prod(rows), most_tokens, k.dtype, self.cache_options, sharding)
 
     def _checked_cache(self, inputs_q: jax.Array) -> PagedKVCache:
         for missing, got in (
