@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,8 @@ from pyagent_kv_jax import (
 )
 from pyagent_kv_jax.flax import SharedKVCache
 
-LAYERS, HEADS, KV_HEADS, DIM, FEATURES, ROWS = 3, 4, 2, 8, 16, 3
-WINDOWS = (None, 5, None)
+LAYERS, HEADS, KV_HEADS, DIM, FEATURES, ROWS, TOKENS = 2, 4, 2, 8, 16, 3, 20
+WINDOWS = (None, 5)
 LENS = np.array([7, 0, 12])  # a prompt longer than a window and a block, and a row that begins later
 CONFIG = KVCacheConfig(
     num_layers=LAYERS,
@@ -67,9 +67,7 @@ class Model(nnx.Module):
         handles = shared.layers(f"layer_{layer}" for layer in range(LAYERS))
         for layer, block in enumerate(self.blocks):
             handle, window = handles[f"layer_{layer}"], WINDOWS[layer]
-            if self.how == "by index":
-                x = block(x, partial(shared.attend, layer), window)
-            elif self.how == "handles":
+            if self.how == "handles":
                 x = block(x, lambda *qkv, handle=handle, **options: handle.attend(*qkv, **options)[0], window)
             else:
 
@@ -137,7 +135,6 @@ def lax_scan(blocks: Block, x: jax.Array, shared: SharedKVCache) -> jax.Array:
 
 
 FORMS: dict[str, tuple[Any, Any]] = {
-    "by index": (lambda: Model("by index"), lambda model, x, shared: model(x, shared)),
     "handles": (lambda: Model("handles"), lambda model, x, shared: model(x, shared)),
     "nnx.remat": (lambda: Model("remat"), lambda model, x, shared: model(x, shared)),
     "nnx.scan": (stacked_blocks, nnx_scan),
@@ -181,35 +178,44 @@ def poisoned() -> PagedKVCache:
     return jax.tree.map(lambda leaf: leaf * jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, cache)
 
 
+def steps() -> Iterator[tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]]:
+    """A step with the prompts, then three with the next token of each row, all [1, TOKENS].
+
+    Gives tokens, lens, and (row, position) of each token that is not padding.
+    """
+    inputs, _ = sequences()
+    for start in range(4):
+        lens = LENS if start == 0 else np.ones_like(LENS)
+        held = np.zeros_like(LENS) if start == 0 else LENS + start - 1
+        at = [(row, held[row] + i) for row in range(ROWS) for i in range(lens[row])]
+        tokens = np.full((1, TOKENS, FEATURES), 7.0, np.float32)
+        tokens[0, : len(at)] = [inputs[row][position] for row, position in at]
+        yield tokens, lens, at
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_prompts_and_decode_as_dense_and_in_place(form: str) -> None:
-    """The cache made anew around each step, under ``jax.jit``, donated; prompts [1, T], decode [ROWS, 1]."""
+    """The cache made anew around each step, under ``jax.jit``, donated."""
     create, run = FORMS[form]
     graph, params = nnx.split(create())
 
-    @partial(jax.jit, donate_argnums=1)
     def step(params: Any, cache: PagedKVCache, x: jax.Array, lens: jax.Array) -> Any:
         shared = SharedKVCache(cache)
-        meta = shared.extend(lens, num_tokens=None if x.shape[1] == 1 else x.shape[1])
+        meta = shared.extend(lens, num_tokens=TOKENS)
         out = run(nnx.merge(graph, params), x, shared)
         return out, meta.ok, shared.end_step()
 
-    cache, (inputs, wanted) = poisoned(), sequences()
-    decode = step.lower(params, cache, jnp.ones((ROWS, 1, FEATURES)), jnp.ones(ROWS, int)).compile()
-    memory = decode.memory_analysis()
+    cache, (_, wanted) = poisoned(), sequences()
+    arguments = (params, cache, jnp.ones((1, TOKENS, FEATURES)), jnp.ones(ROWS, int))
+    compiled = jax.jit(step, donate_argnums=1).lower(*arguments).compile()
+    memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.pages.nbytes
     assert memory.temp_size_in_bytes < cache.pages.nbytes / 20
-
-    prompts = np.concatenate([*(x[:n] for x, n in zip(inputs, LENS, strict=True)), np.ones((1, FEATURES))])[None]
-    out, ok, cache = step(params, cache, jnp.asarray(prompts, jnp.float32), jnp.asarray(LENS))
-    assert ok.all()
-    want = np.concatenate([y[:n] for y, n in zip(wanted, LENS, strict=True)])
-    np.testing.assert_allclose(out[0, : LENS.sum()], want, atol=1e-5, rtol=1e-5)
-    for i in range(3):
-        tokens = np.stack([x[n + i] for x, n in zip(inputs, LENS, strict=True)])[:, None]
-        out, ok, cache = decode(params, cache, jnp.asarray(tokens), jnp.ones(ROWS, int))
-        want = np.stack([y[n + i] for y, n in zip(wanted, LENS, strict=True)])
-        np.testing.assert_allclose(out[:, 0], want, atol=1e-5, rtol=1e-5)
+    for tokens, lens, at in steps():
+        out, ok, cache = compiled(params, cache, jnp.asarray(tokens), jnp.asarray(lens))
+        assert ok.all()
+        want = [wanted[row][position] for row, position in at]
+        np.testing.assert_allclose(out[0, : len(at)], want, atol=1e-5, rtol=1e-5)
     assert cache.table.num_tokens.tolist() == (LENS + 3).tolist()
     cache.check_invariants()
 
@@ -254,7 +260,7 @@ def test_pages_on_a_mesh() -> None:
     mesh = jax.make_mesh((2, 2), ("tp", "dcp"), axis_types=(AxisType.Auto,) * 2)
     sharding = CacheSharding.of(mesh)
     shared = SharedKVCache(sharded_cache(CONFIG, sharding))
-    graph, params = nnx.split(Model("by index"))
+    graph, params = nnx.split(Model("handles"))
     inputs, wanted = sequences()
 
     @jax.jit
@@ -292,7 +298,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     """Outside ``jit``, before anything changes; rows that are refused too."""
     shared = SharedKVCache(PagedKVCache.create(dataclasses.replace(CONFIG, num_blocks=2)))
     q, kv = jnp.ones((1, 5, HEADS, DIM)), jnp.ones((1, 5, KV_HEADS, DIM))
-    sizes = "for a cache of 3 layers, 3 rows of 32 tokens, 2 heads of 8"
+    sizes = "for a cache of 2 layers, 3 rows of 32 tokens, 2 heads of 8"
     with pytest.raises(InvalidArgumentError, match=rf"SharedKVCache: .* want extend\(lens\) before .*{sizes}"):
         shared.attend(0, q, kv, kv)
     for lens, num_tokens, error, message in [
@@ -312,7 +318,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
 
     shared.extend(np.array([2, 0, 3]), num_tokens=5)
     for layer, arrays, error, message in [
-        (3, (q, kv, kv), InvalidArgumentError, "got layer 3, want 0 to 2"),
+        (2, (q, kv, kv), InvalidArgumentError, "got layer 2, want 0 to 1"),
         (1, (q[:, :4], kv[:, :4], kv[:, :4]), ShapeMismatchError, r"layer 1: .*\[1, 4, 4, 8\].* in all 5 tokens"),
         (1, (q[0], kv, kv), ShapeMismatchError, "layer 1"),
         (1, (q[:, :, :3], kv, kv), ShapeMismatchError, "a multiple of 2, 8"),

@@ -24,10 +24,12 @@ from tests.flax.test_shared_kv_cache import (
     LAYERS,
     LENS,
     ROWS,
+    TOKENS,
     WINDOWS,
     Block,
     poisoned,
     sequences,
+    steps,
     windows,
 )
 
@@ -150,7 +152,6 @@ def by_carry(model: nn.Module, params: Any, x: jax.Array, cache: Any, meta: Any)
 
 
 FORMS: dict[str, tuple[Any, Any, Any]] = {
-    "plain": (Model, listed, by_collection),
     "nn.jit": (JittedModel, listed, by_collection),
     "nn.scan and nn.remat, carried": (ScannedCarry, stacked, by_carry),
     "nn.scan, variable_carry": (ScannedCollection, stacked, by_collection_of_layers),
@@ -162,26 +163,20 @@ def test_prompts_and_decode_as_dense_and_in_place(form: str) -> None:
     create, params_in, run = FORMS[form]
     model, params = create(), params_in()
 
-    @partial(jax.jit, donate_argnums=1)
     def step(params: Any, cache: PagedKVCache, x: jax.Array, lens: jax.Array) -> Any:
-        cache, meta = cache.extend(lens, num_tokens=None if x.shape[1] == 1 else x.shape[1])
+        cache, meta = cache.extend(lens, num_tokens=TOKENS)
         return run(model, params, x, cache, meta)
 
-    cache, (inputs, wanted) = poisoned(), sequences()
-    decode = step.lower(params, cache, jnp.ones((ROWS, 1, FEATURES)), jnp.ones(ROWS, int)).compile()
-    memory = decode.memory_analysis()
+    cache, (_, wanted) = poisoned(), sequences()
+    arguments = (params, cache, jnp.ones((1, TOKENS, FEATURES)), jnp.ones(ROWS, int))
+    compiled = jax.jit(step, donate_argnums=1).lower(*arguments).compile()
+    memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.pages.nbytes
     assert memory.temp_size_in_bytes < cache.pages.nbytes / 20
-
-    prompts = np.concatenate([x[:n] for x, n in zip(inputs, LENS, strict=True)])[None]
-    out, cache = step(params, cache, jnp.asarray(prompts), jnp.asarray(LENS))
-    want = np.concatenate([y[:n] for y, n in zip(wanted, LENS, strict=True)])
-    np.testing.assert_allclose(out[0], want, atol=1e-5, rtol=1e-5)
-    for i in range(3):
-        tokens = np.stack([x[n + i] for x, n in zip(inputs, LENS, strict=True)])[:, None]
-        out, cache = decode(params, cache, jnp.asarray(tokens), jnp.ones(ROWS, int))
-        want = np.stack([y[n + i] for y, n in zip(wanted, LENS, strict=True)])
-        np.testing.assert_allclose(out[:, 0], want, atol=1e-5, rtol=1e-5)
+    for tokens, lens, at in steps():
+        out, cache = compiled(params, cache, jnp.asarray(tokens), jnp.asarray(lens))
+        want = [wanted[row][position] for row, position in at]
+        np.testing.assert_allclose(out[0, : len(at)], want, atol=1e-5, rtol=1e-5)
     assert cache.table.num_tokens.tolist() == (LENS + 3).tolist()
 
 
