@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 import jax
 
 from pallas_kernels import CompressedSlotMapping
+from pyagent_kv_jax.cache.cache_display import metadata_line
 
 
 @partial(
@@ -16,7 +17,7 @@ from pallas_kernels import CompressedSlotMapping
     data_fields=["block_tables", "kv_lens", "query_start_loc", "slot_mapping", "positions", "ok"],
     meta_fields=["max_query_len", "max_kv_len"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AttentionMetadata:
     """Where a step's tokens stand, for a batch of R rows and T tokens. Made once a step, read by every layer.
 
@@ -42,6 +43,9 @@ class AttentionMetadata:
     ok: jax.Array
     max_query_len: int | None = None
     max_kv_len: int | None = None
+
+    def __repr__(self) -> str:
+        return metadata_line(self)
 
     def cut(self, num_rows: int, num_tokens: int) -> Self:
         """The first rows and tokens of a step that was padded to more."""

@@ -15,6 +15,7 @@ from pyagent_kv_jax.arguments import integer, shown
 from pyagent_kv_jax.cache.allocation import extend_rows, free_rows, step_metadata
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.block_size_change import change_block_size
+from pyagent_kv_jax.cache.cache_display import cache_html, cache_line
 from pyagent_kv_jax.cache.kv_pages import KVPages
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.errors import (
@@ -30,7 +31,7 @@ from pyagent_kv_jax.tables import BlockTable
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["pages", "pool", "table"], meta_fields=["config"])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PagedKVCache:
     """A paged KV cache whose every change is a new value, so that it can be a scan's carry and be donated.
 
@@ -53,6 +54,12 @@ class PagedKVCache:
     pool: BlockPool
     table: BlockTable
     config: KVCacheConfig
+
+    def __repr__(self) -> str:
+        return cache_line(self)
+
+    def _repr_html_(self) -> str:
+        return cache_html(self)
 
     @classmethod
     def create(cls, config: KVCacheConfig, pages: Any = None) -> Self:

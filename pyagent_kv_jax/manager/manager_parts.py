@@ -98,6 +98,18 @@ class ManagerParts:
         """Blocks that an admission could take."""
         return self.ahead.num_free(self._control)
 
+    def num_cached_free(self) -> int:
+        """Those of them that have cached content, as far as the control plane has been told."""
+        return self._control.num_cached_free()
+
+    def lengths_now(self) -> np.ndarray:
+        """i32[R]: tokens of every row, told or not; settles nothing."""
+        return self._control.lengths() + self.ahead.used
+
+    def columns_now(self) -> np.ndarray:
+        """i32[R]: columns of every row without those in reserve; settles nothing."""
+        return self._control.columns() - self.ahead.reserved(self._control)
+
     def blocks_of(self, request_id: str) -> tuple[np.ndarray, np.ndarray]:
         """Blocks on the device and in host memory of one request, i32[G, columns] each; -1 where there is none."""
         none = np.zeros((len(self.config.groups), 0), np.int32)

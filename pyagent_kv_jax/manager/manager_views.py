@@ -13,6 +13,7 @@ from pyagent_kv_jax.errors import (
     UnknownRequestError,
 )
 from pyagent_kv_jax.manager.admission import token_counts
+from pyagent_kv_jax.manager.manager_display import ShowsItself
 from pyagent_kv_jax.manager.manager_snapshot import ManagerSnapshot, snapshot_of
 from pyagent_kv_jax.manager.manager_state import ManagerState
 from pyagent_kv_jax.manager.manager_stats import ManagerStats
@@ -21,7 +22,7 @@ from pyagent_kv_jax.manager.prefix.prefix_cache import PrefixHit
 from pyagent_kv_jax.manager.step_plan import AdmissionPreview
 
 
-class ManagerViews:
+class ManagerViews(ShowsItself):
     """The reading half of ``KVCacheManager``; each answer is of one moment, under its lock."""
 
     config: KVCacheConfig

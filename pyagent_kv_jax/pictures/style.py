@@ -14,10 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from pyagent_kv_jax.notebook_display import USED_COLOR
+
 Color = tuple[float, float, float]
 
 OWNERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-HOLDS_TOKENS = "#0072B2"
+HOLDS_TOKENS = USED_COLOR
 EMPTY: Color = (0.86, 0.86, 0.86)  # reserved, but nothing is in it
 CACHED_FREE = "#CDE7F5"
 FREE = "#FFFFFF"

@@ -22,6 +22,7 @@ from pyagent_kv_jax.errors import (
 )
 from pyagent_kv_jax.pool import admission, queues
 from pyagent_kv_jax.pool.admission import Admission, checked_capacity
+from pyagent_kv_jax.pool.pool_display import pool_html, pool_line
 from pyagent_kv_jax.pool.queues import Counters, Queues
 from pyagent_kv_jax.tables.in_place import after
 
@@ -31,7 +32,7 @@ from pyagent_kv_jax.tables.in_place import after
     data_fields=["ref_counts", "cached", "position", "queue", "counters"],
     meta_fields=["num_blocks"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class BlockPool:
     """N blocks. Immutable: each change returns a new pool; inside a donated ``jit`` it is made in place.
 
@@ -53,6 +54,12 @@ class BlockPool:
     queue: jax.Array
     counters: jax.Array
     num_blocks: int
+
+    def __repr__(self) -> str:
+        return pool_line(self)
+
+    def _repr_html_(self) -> str:
+        return pool_html(self)
 
     @classmethod
     def create(cls, num_blocks: int) -> Self:

@@ -25,7 +25,7 @@ _ROWS_EMPTIED_TOGETHER = 8
     data_fields=["blocks", "num_blocks", "num_tokens"],
     meta_fields=["config"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class BlockTable(RowMethods):
     """R rows of up to W blocks. Immutable: each change returns a new table and leaves this one as it was.
 

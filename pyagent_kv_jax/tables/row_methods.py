@@ -28,12 +28,19 @@ from pyagent_kv_jax.tables.block_ids import NO_BLOCK, new_block_ids
 from pyagent_kv_jax.tables.padding import padded, power_of_two
 from pyagent_kv_jax.tables.refusals import raise_if, why_not_appended, why_not_set
 from pyagent_kv_jax.tables.slot_mapping import ContextParallel, SlotMapping, slots_of
+from pyagent_kv_jax.tables.table_display import table_html, table_line
 from pyagent_kv_jax.tables.table_storage import TableStorage
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class RowMethods(TableStorage):
     """The methods of every form of a block table."""
+
+    def __repr__(self) -> str:
+        return table_line(self)
+
+    def _repr_html_(self) -> str:
+        return table_html(self)
 
     # -- rows
 

@@ -31,7 +31,7 @@ _NODES_ERASED_TOGETHER = 8
     data_fields=["nodes", "roots", "owner", "free_nodes", "num_free_nodes", "num_blocks", "num_tokens"],
     meta_fields=["config"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SparseBlockTable(RowMethods):
     """R rows of up to W blocks, with places for as many as are in use, in nodes of F = ``fan_out``.
 

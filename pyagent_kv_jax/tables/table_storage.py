@@ -40,7 +40,7 @@ class Entries(NamedTuple):
         return ok.at[self.groups].get(mode="fill", fill_value=False)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TableStorage(abc.ABC):
     """R rows of up to W blocks. The operations take arguments that have been checked.
 
