@@ -78,9 +78,9 @@ def create_private_cache(
         rows: requests it holds at once.
         most_tokens: of the longest.
         dtype: of the pages, where ``options`` name none.
-        options: of ``KVCacheConfig`` ``block_size`` (16), ``num_blocks`` (as many as all rows can fill), ``dtype`` (also
-            as JAX has it), ``kernel_block_size``, ``device``, ``memory_fraction``; of ``KVPages.with_scales``, for
-            quantised pages, ``k_scale`` and ``v_scale`` (1).
+        options: of ``KVCacheConfig`` ``block_size`` (16), ``num_blocks`` (as many as all rows can fill), ``dtype``
+            (also as JAX has it), ``kernel_block_size``, ``device``, ``memory_fraction``; ``k_scale`` and ``v_scale``
+            (1) of quantised pages, of ``KVPages.with_scales``.
         sharding: where on a mesh. None: on one device.
 
     Raises:

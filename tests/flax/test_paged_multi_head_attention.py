@@ -186,6 +186,7 @@ def test_quantised_pages(dtype: Any, stored: Any, error: float) -> None:
     options = {"dtype": dtype, "k_scale": jnp.array([0.03, 0.025]), "v_scale": np.array([0.02, 0.03])}  # of KV heads
     _, ours = pair("grouped", sliding_window=3, cache_options=options)
     assert ours.paged_cache.get_value().pages.k_pages.dtype == stored
+    hash(ours.cache_options)  # a module's options are static
     x = jax.random.normal(jax.random.key(4), (ROWS, 5, FEATURES))
     again = nnx.jit(nnx.remat(lambda module, x: module(x)))
     got = jnp.concatenate([again(ours, x[:, i : i + 1]) for i in range(5)], axis=1)
