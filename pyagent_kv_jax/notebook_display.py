@@ -49,12 +49,14 @@ class Rows(NamedTuple):
         cells: of the rows that are shown.
         num_rows: n.
         what: they are, in words.
+        text_columns: those that are no numbers.
     """
 
     head: Sequence[str]
     cells: Sequence[Sequence[Any]]
     num_rows: int
     what: str
+    text_columns: tuple[int, ...] = (0,)
 
 
 def values_of(*arrays: Any) -> list[np.ndarray] | None:
@@ -117,7 +119,9 @@ def fields_html(shown: object, names: Sequence[str]) -> str:
     """The object by the shapes of its fields, for a notebook."""
     cells = [(name, shape_text(getattr(shown, name, None))) for name in names]
     return card(
-        type(shown).__name__, "without values here: shapes", rows=Rows(("field", "is"), cells, len(cells), "fields")
+        type(shown).__name__,
+        "without values here: shapes",
+        rows=Rows(("field", "is"), cells, len(cells), "fields", (0, 1)),
     )
 
 
@@ -172,7 +176,7 @@ def _table(rows: Rows) -> str:
     def line(cells: Sequence[Any], tag: str) -> str:
         out = []
         for i, cell in enumerate(cells):
-            align = "left" if i == 0 else "right"
+            align = "left" if i in rows.text_columns else "right"
             look = f"text-align:{align};padding:1px 14px 1px 0;{_LINE};background:transparent"
             out.append(f'<{tag} style="{look}">{escape(f"{cell:,}" if isinstance(cell, int) else str(cell))}</{tag}>')
         return f'<tr style="background:transparent">{"".join(out)}</tr>'
@@ -181,6 +185,6 @@ def _table(rows: Rows) -> str:
         return f'<div style="font-size:12px;opacity:.75">no {escape(rows.what)}</div>'
     body = "".join(line(cells, "td") for cells in rows.cells)
     left = rows.num_rows - len(rows.cells)
-    more = f'<div style="font-size:12px;opacity:.75">... {left:,} more</div>' if left > 0 else ""
+    more = f'<div style="font-size:12px;opacity:.75">... {left:,} more {escape(rows.what)}</div>' if left > 0 else ""
     table = f'<table style="border-collapse:collapse;font-size:12px;margin:4px 0">{line(rows.head, "th")}{body}</table>'
     return table + more

@@ -57,7 +57,7 @@ def _html(config: KVCacheConfig, state: ManagerState) -> str:
     rows = [state.rows.row_of(request_id) for request_id in ids]
     tokens, columns = state.lengths_now()[rows], state.columns_now()[rows]
     plain = request_rows(ids, tokens, columns, config)
-    cached = [state.tokens.columns_entered(row) * config.block_size for row in rows[:MOST_ROWS]]
+    cached = [_tokens_in_cache(state, row) for row in rows[:MOST_ROWS]]
     cells: list[Any] = [(*row, in_cache) for row, in_cache in zip(plain.cells, cached, strict=True)]
     table = Rows(("request", *plain.head[1:], "tokens in prefix cache"), cells, len(ids), "requests that hold blocks")
     host = f"; {state.swap.num_blocks - state.swap.num_free} of {state.swap.num_blocks} host blocks used"
@@ -70,3 +70,9 @@ def _html(config: KVCacheConfig, state: ManagerState) -> str:
         + (waiting if state.waiting or away else "")
     )
     return card("KVCacheManager", facts, bar=_counts(state).bar(), rows=table)
+
+
+def _tokens_in_cache(state: ManagerState, row: int) -> int:
+    """Tokens of a row that others could find in the prefix cache, or that it found there."""
+    is_known = state.tokens.record_of(row) is not None
+    return state.tokens.columns_entered(row) * state.config.block_size if is_known else 0

@@ -11,12 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 
 from pyagent_kv_jax.pictures import style
 from pyagent_kv_jax.pictures.block_owners import BlockOwners, block_owners
 
 _MOST_NAMED = 12  # owners in the legend
+_SMALLEST_DOTTED = 18  # points; in smaller cells there is no room for dots
 _POINTS_A_LETTER = 0.62  # of the text's size
 
 
@@ -68,7 +71,7 @@ def block_map(
     height = grid.rows * grid.cell / 72
     if ax is None:
         legend_rows = math.ceil((len(_owner_labels(owners)) + 6) / 2)
-        figure, ax = style.panel(None, width, height + 0.55 + 0.2 * legend_rows)
+        figure, ax = style.panel(None, width, height + 0.45 + 0.175 * legend_rows)
     else:
         figure, ax = style.panel(ax, width, height)
         grid = grid._replace(cell=72 * ax.get_position().width * figure.get_figwidth() / grid.columns)
@@ -78,7 +81,7 @@ def block_map(
     _write_marks(ax, owners, grid)
     _number_rows(ax, grid)
     style.titled(ax, _title(owners) if title is None else title)
-    _explain(ax, owners)
+    _explain(ax, owners, grid)
     return figure
 
 
@@ -121,7 +124,7 @@ def _draw_cells(ax: Axes, owners: BlockOwners, grid: _Grid) -> None:
     add("set aside", aside, ["none"], hatch=hatch, edgecolors=style.FAINT, linewidths=line)
     shared = np.flatnonzero(owners.shared)
     add("shared", shared, ["none"], edgecolors=style.INK, linewidths=min(max(grid.cell / 11, 0.8), 2.6))
-    if grid.cell > 18:
+    if grid.cell > _SMALLEST_DOTTED:
         kept = np.flatnonzero(owners.held & owners.cached)
         x, y = kept % grid.columns + 0.85, kept // grid.columns + 0.17
         ink = [style.ink_on(_seen_color(owners, b, right=True)) for b in kept.tolist()]
@@ -159,7 +162,11 @@ def _write_marks(ax: Axes, owners: BlockOwners, grid: _Grid) -> None:
             x, y = block % grid.columns + middle, block // grid.columns + 0.52
             ink = style.ink_on(_seen_color(owners, block))
             bold = "bold" if owners.references[block] > 1 else "normal"
-            ax.text(x, y, mark, ha="center", va="center", fontsize=size, color=ink, fontweight=bold, clip_on=True)
+            text = ax.text(
+                x, y, mark, ha="center", va="center", fontsize=size, color=ink, fontweight=bold, clip_on=True
+            )
+            if 0.2 < owners.tokens[block] / (owners.block_size or 1) < 0.8 and owners.owner[block] >= 0:
+                text.set(color=style.INK, path_effects=[withStroke(linewidth=2, foreground="white")])
 
 
 def _runs(owners: BlockOwners, grid: _Grid) -> list[tuple[int, int]]:
@@ -207,7 +214,7 @@ def _shortened(name: str) -> str:
     return name if len(name) <= 24 else name[:23] + "…"
 
 
-def _explain(ax: Axes, owners: BlockOwners) -> None:
+def _explain(ax: Axes, owners: BlockOwners, grid: _Grid) -> None:
     """A legend of what is there, in words."""
     handles: list[Any] = []
     labels = _owner_labels(owners)
@@ -235,8 +242,8 @@ def _explain(ax: Axes, owners: BlockOwners) -> None:
             "striped: set aside, no token yet",
         ),
         (
-            owners.held & owners.cached,
-            Patch(facecolor="none", edgecolor="none"),
+            owners.held & owners.cached & (grid.cell > _SMALLEST_DOTTED),
+            Line2D([], [], linestyle="none", marker="o", color=style.INK, markersize=4),
             "dot at the top right: also in the prefix cache",
         ),
         (

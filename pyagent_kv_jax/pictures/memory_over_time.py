@@ -96,7 +96,7 @@ def memory_over_time(
     steps = len(history.held)
     if not steps:
         raise InvalidArgumentError("history: got no steps, want at least one")
-    figure, ax = style.panel(ax, 8.0, 3.6)
+    figure, ax = style.panel(ax, 8.0, 3.9)
     per_block = {"blocks": np.ones(steps), "tokens": history.block_size, "bytes": history.block_bytes}[unit]
     total = history.num_blocks * per_block
     scale, name = _scale(float(total.max())) if unit == "bytes" else (1.0, unit)
@@ -132,10 +132,11 @@ def memory_over_time(
     style.titled(ax, title or f"{requests}; {history.empty_share:.1%} of what they hold is empty")
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(
-        handles[::-1],
-        labels[::-1],
+        handles,
+        labels,
         loc="upper left",
-        bbox_to_anchor=(1.0, 1.0),
+        bbox_to_anchor=(0, -0.16),
+        ncols=2,
         frameon=False,
         fontsize=style.SMALL_SIZE,
         handleheight=1.4,

@@ -16,6 +16,8 @@ from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
 from pyagent_kv_jax.manager.manager_snapshot import ManagerSnapshot
 from pyagent_kv_jax.pictures import style
 
+_MOST_LETTERS = 26  # of a line in a box
+
 
 @dataclasses.dataclass(frozen=True)
 class PrefixRun:
@@ -105,14 +107,14 @@ def prefix_tree(
     runs = prefix_runs(seen, groups[0])
     shown = runs[:most_runs]
     rows = _rows_of(shown)
-    height = max((max(rows, default=0) + 1) * 0.62, 0.8)
-    figure, ax = style.panel(ax, 9.0, height + 1.25)
-    style.bare(ax)
     places = _columns_of(shown)
+    height = max((max(rows, default=0) + 1) * 0.56, 0.8)
+    right = max((left + width for left, width in places), default=1.0)
+    figure, ax = style.panel(ax, max(9.0, 1.5 * right), height + 1.15)
+    style.bare(ax)
     for i, run in enumerate(shown):
         _draw_run(ax, run, seen, places[i], rows[i], None if run.parent < 0 else (places[run.parent], rows[run.parent]))
-    right = max((left + width for left, width in places), default=1.0)
-    ax.set(xlim=(-0.6, right + 0.1), ylim=(max(rows, default=0) + 0.55, -0.55))
+    ax.set(xlim=(-0.6, max(right, 4.0) + 0.1), ylim=(max(rows, default=0) + 0.55, -0.55))
     tokens = sum(run.num_tokens for run in runs)
     kept = sum(run.num_tokens for run in runs if not run.holders)
     counts = f"{tokens:,} tokens in {tokens // seen.config.block_size} cached blocks, {kept:,} of them held by nobody"
@@ -128,11 +130,11 @@ def prefix_tree(
 
 
 def _columns_of(runs: list[PrefixRun]) -> list[tuple[float, float]]:
-    """Left edge and width of each box: a column for each level, as wide as the widest text in it."""
+    """Left edge and width of each box: a column for each level."""
     depth: list[int] = []
     for run in runs:
         depth.append(0 if run.parent < 0 else depth[run.parent] + 1)
-    return [(1.5 * level, 1.1) for level in depth]
+    return [(1.7 * level, 1.28) for level in depth]
 
 
 def _rows_of(runs: list[PrefixRun]) -> list[float]:
@@ -187,7 +189,9 @@ def _draw_run(
         start = parent[0][0] + parent[0][1]
         ax.plot([start, start + 0.12, start + 0.12, left], [parent[1], parent[1], row, row], color=ink, linewidth=1)
     else:
-        ax.plot([start, left], [row, row], color=ink, linewidth=1, linestyle="-" if not run.first_column else ":")
+        ax.plot([start, left], [row, row], color=ink, linewidth=1, linestyle=":" if run.first_column else "-")
+        if not run.first_column:
+            ax.plot([start], [row], marker="o", markersize=4, color=ink)
         text += f"\nafter {run.first_column * seen.config.block_size:,} evicted" if run.first_column else ""
     ax.text(left - 0.03, row - 0.03, text, ha="right", va="bottom", fontsize=7, color=ink)
 
@@ -202,12 +206,17 @@ def _blocks(blocks: tuple[int, ...]) -> str:
             parts.append([block, block])
     texts = [str(a) if a == b else f"{a}-{b}" for a, b in parts]
     name = "block " if len(blocks) == 1 else "blocks "
-    return name + (", ".join(texts) if len(texts) <= 3 else ", ".join([*texts[:2], "…", texts[-1]]))
+    text = name + ", ".join(texts)
+    return text if len(text) <= _MOST_LETTERS else f"{len(blocks)} blocks: {texts[0]}, …, {texts[-1]}"
 
 
 def _holders(holders: tuple[int, ...], names: tuple[str, ...]) -> str:
-    shown = ", ".join(_short(names[i]) for i in holders[:2])
-    return shown if len(holders) <= 2 else f"{shown} and {len(holders) - 2} more"
+    for count in (2, 1):
+        text = ", ".join(_short(names[i]) for i in holders[:count])
+        text += f" and {len(holders) - count} more" if len(holders) > count else ""
+        if len(text) <= _MOST_LETTERS:
+            break
+    return text
 
 
 def _short(name: str) -> str:
@@ -224,7 +233,8 @@ def _explain(ax: Axes) -> None:
     ax.legend(
         handles,
         labels,
-        title="number on a line: tokens in the box after it; box: block ids, who holds them, hits",
+        title="From the left: the first tokens of requests. On a line: tokens in the box after it.\n"
+        "In a box: block ids, who holds them, and how many requests began with them (hits).",
         title_fontsize=style.SMALL_SIZE,
         alignment="left",
         loc="upper left",

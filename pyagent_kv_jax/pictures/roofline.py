@@ -86,7 +86,7 @@ def roofline(
     numbers += [value for point in points for value in (point.microseconds, point.num_bytes)]
     if not points or not all(np.isfinite(value) and value > 0 for value in numbers):
         raise InvalidArgumentError("roofline: want points, and times, bytes and rates above 0")
-    figure, ax = style.panel(ax, 8.6, 4.2)
+    figure, ax = style.panel(ax, 8.0, 4.2 + 0.19 * (len(points) + 2))
     computing = [point for point in points if point.flops > 0]
     lowest, highest = _range(computing, bytes_a_second, flops_a_second)
     _draw_roof(ax, lowest, highest, bytes_a_second, flops_a_second)
@@ -115,12 +115,13 @@ def roofline(
         ax.axvspan(strip / 1.6, strip * 1.6, color=style.EMPTY, zorder=0)
         ax.text(
             strip,
-            0.02,
-            "copies:\nbandwidth\nonly",
+            0.98,
+            "copies: bandwidth only",
             transform=ax.get_xaxis_transform(),
             ha="center",
-            va="bottom",
-            fontsize=7,
+            va="top",
+            rotation="vertical",
+            fontsize=style.SMALL_SIZE,
         )
         ax.plot([strip / 1.6, strip * 1.6], [bytes_a_second * lowest] * 2, color=style.INK, linewidth=2)
         ax.set_xlim(strip / 1.6, highest)
@@ -129,7 +130,7 @@ def roofline(
     reached_all = [p.flops_a_second if p.flops > 0 else p.bytes_a_second * lowest for p in points]
     ax.set_ylim(min([*reached_all, bytes_a_second * lowest]) / 2, ax.get_ylim()[1])
     style.titled(ax, title or "Kernels under what the device allows")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=style.SMALL_SIZE, labelspacing=0.7)
+    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.13), frameon=False, fontsize=style.SMALL_SIZE)
     return figure
 
 

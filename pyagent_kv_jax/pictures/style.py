@@ -18,9 +18,9 @@ from pyagent_kv_jax.notebook_display import USED_COLOR
 
 Color = tuple[float, float, float]
 
-OWNERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+OWNERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # dark and light in turn; no yellow
 HOLDS_TOKENS = USED_COLOR
-EMPTY: Color = (0.86, 0.86, 0.86)  # reserved, but nothing is in it
+EMPTY: Color = (0.89, 0.89, 0.89)  # reserved, but nothing is in it
 CACHED_FREE = "#CDE7F5"
 FREE = "#FFFFFF"
 INK = "#222222"
@@ -64,9 +64,9 @@ def panel(ax: Axes | None, width: float, height: float) -> Panel:
 
 
 def owner_color(owner: int) -> Color:
-    """Of the n-th owner: seven hues, then the same darker, then lighter, then from the start again."""
+    """Of the n-th owner: six hues, then the same darker, then lighter, then from the start again."""
     hue, level = to_rgb(OWNERS[owner % len(OWNERS)]), owner // len(OWNERS) % 3
-    return (hue, mixed(hue, (0, 0, 0), 0.38), mixed(hue, (1, 1, 1), 0.5))[level]
+    return (hue, mixed(hue, (0, 0, 0), 0.38), mixed(hue, (1, 1, 1), 0.35))[level]
 
 
 def owner_mark(owner: int) -> str:

@@ -88,7 +88,7 @@ def _html(table: TableStorage) -> str:
     slots, tokens = int(counts.num_blocks.sum()) * size, int(counts.num_tokens.sum())
     bar = [Part("slots hold a token", tokens, USED_COLOR), Part("slots are empty", slots - tokens, EMPTY_COLOR, True)]
     head = ("", "tokens", "blocks", "empty", "block ids")
-    table_rows = Rows(head, cells, len(counts.rows), "rows in use")
+    table_rows = Rows(head, cells, len(counts.rows), "rows in use", (0, 4))
     return card(type(table).__name__, _sizes(table), bar=bar if slots else (), rows=table_rows)
 
 
