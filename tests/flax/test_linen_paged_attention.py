@@ -237,6 +237,19 @@ def test_bad_calls_name_the_module_the_cache_and_the_fix() -> None:
         ours.apply(variables, x, inputs_k=x, inputs_kv=x, mutable=["cache"])
 
 
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_a_step_is_a_pure_function(self) -> None:
+        ours = Model()
+        variables = init(ours)
+        x = jax.random.normal(jax.random.key(2), (ROWS, 1, FEATURES))
+        step = self.variant(lambda variables, x: ours.apply(variables, x, mutable=["cache"]))
+        (out, new), (again, same) = (step(variables, x) for _ in range(2))  # the same cache twice
+        chex.assert_trees_all_equal((again, same), (out, new))
+        want, want_new = applied(ours)(variables, x)
+        chex.assert_trees_all_close((out, new), (want, want_new), atol=1e-6)
+
+
 def test_rows_that_cannot_be_served_give_nan_under_jit() -> None:
     ours = Model(options=FrozenDict({"cache_options": {"num_blocks": 3}}))
     variables = init(ours)

@@ -44,7 +44,12 @@ class PagedMultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     >>> out, new = attention.apply({"params": params, "cache": cache}, prompts, lengths=lengths, mutable=["cache"])
     >>> out, new = attention.apply({"params": params, **new}, next_tokens, mutable=["cache"])    # [4, 1, 64]
 
-    The cache is private: each module has a table and a pool. For a whole model share one ``PagedKVCache`` instead.
+    Only ``init`` makes a cache; ``apply`` without one is an error. The collection goes through ``flax.serialization``
+    and orbax like any other; mapped to zeros it is no cache, so keep the one that ``init`` made to begin again.
+
+    The cache is private: each module has a table and a pool. For a whole model share one ``PagedKVCache`` instead, see
+    ``attend``. A model whose layers Linen names takes ``MultiHeadDotProductAttention`` of this package, which is named
+    like Linen's.
 
     Besides the fields of ``nn.MultiHeadDotProductAttention``:
 
