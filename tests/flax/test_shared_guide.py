@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
+
+from pyagent_kv_jax.serving.compiled_step import split_model
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "bring_your_own_model.md").read_text()
@@ -28,6 +34,22 @@ def test_its_python_runs() -> None:
     names: dict[str, object] = {}
     for code in own:
         exec(compile(code, "bring_your_own_model.md", "exec"), names)
+
+
+def test_a_model_whose_attributes_cannot_be_hashed_has_a_step_of_its_own() -> None:
+    """As tunix's ``ModelConfig``, a dataclass that may change."""
+
+    @dataclasses.dataclass
+    class Settings:
+        size: int = 4
+
+    class Model(nnx.Module):
+        def __init__(self, settings: Any) -> None:
+            self.settings, self.weight = settings, nnx.Param(jnp.ones(4))
+
+    steps = [split_model(Model(Settings()))[0] for _ in range(2)]
+    assert steps[0] is not steps[1]
+    assert split_model(Model(4))[0] is split_model(Model(4))[0]
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,6 +179,12 @@ def test_prompts_and_decode_as_dense_and_in_place(form: str) -> None:
         want = [wanted[row][position] for row, position in at]
         np.testing.assert_allclose(out[0, : len(at)], want, atol=1e-5, rtol=1e-5)
     assert cache.table.num_tokens.tolist() == (LENS + 3).tolist()
+
+
+def test_parameters_are_made_without_a_cache() -> None:
+    made = jax.eval_shape(JittedModel().init, jax.random.key(0), jnp.ones((1, 4, FEATURES)))
+    assert made.keys() == {"params"}
+    chex.assert_trees_all_equal_shapes_and_dtypes(made["params"], listed())
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike
 
@@ -113,13 +114,15 @@ def attend(module: nn.Module, layer: ArrayLike, q: jax.Array, k: jax.Array, v: j
             ``KVPages.attend``.
 
     Returns:
-        [..., q_heads, v_head_dim] of q's dtype.
+        [..., q_heads, v_head_dim] of q's dtype. In ``model.init`` without a cache, zeros: only shapes matter there.
 
     Raises:
         InvalidArgumentError: no cache where ``module`` is applied, one that is not mutable, or no such layer.
         ShapeMismatchError: shapes that do not fit the cache or the step's tokens.
     """
     name = type(module).__name__ if module.scope is None else f"{type(module).__name__} {'/'.join(module.path)}".strip()
+    if module.scope is not None and module.is_initializing() and not has_cache(module):
+        return jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
     if module.scope is None or not has_cache(module):
         raise InvalidArgumentError(
             f"{name}: got attend() without a paged cache, want apply_with_cache(model, variables, cache, meta, ...); "
