@@ -35,19 +35,21 @@ class Bench:
     flops_a_second: float
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def rows(self, case: str, ours_us: float, others: dict[str, Callable[[], float]], limit_us: float) -> list[Row]:
-        """A row for each baseline that can be had; one without, if none can."""
-        rows = []
+    def rows(
+        self, case: str, ours_us: float, others: dict[str, Callable[[], float]], num_bytes: int, flops: float = 0.0
+    ) -> list[Row]:
+        """A row for each baseline that can be had; one without, if none can.
+
+        ``num_bytes`` and ``flops`` are what the case has to move and compute; its limit is the larger of both times.
+        """
+        limit_us = max(num_bytes / self.bytes_a_second, flops / self.flops_a_second) * 1e6
+        rows, work = [], {"num_bytes": num_bytes, "flops": flops}
         for name, measure in others.items():
             try:
-                rows.append(Row(case, ours_us, name, measure(), limit_us))
+                rows.append(Row(case, ours_us, name, measure(), limit_us, **work))
             except Exception as error:
                 self.left_out[f"{case}: {name}"] = f"{type(error).__name__}: {error}"[:300]
-        return rows or [Row(case, ours_us, limit_us=limit_us)]
-
-    def of_bytes(self, num_bytes: int) -> float:
-        """Microseconds to move so many bytes, read and written."""
-        return num_bytes / self.bytes_a_second * 1e6
+        return rows or [Row(case, ours_us, limit_us=limit_us, **work)]
 
 
 def movement(bench: Bench, name: str, shape: AttentionShape) -> Iterator[list[Row]]:
@@ -55,39 +57,38 @@ def movement(bench: Bench, name: str, shape: AttentionShape) -> Iterator[list[Ro
     pages, ids = pages_to_move(bench.sizes, shape)
     count, page_bytes = len(ids) // 2, pages[0].nbytes
     src, dst = ids[:count], ids[count:]
-    limit = bench.of_bytes(2 * count * page_bytes)
+    moved = 2 * count * page_bytes
     size = f"{count} pages of {page_bytes >> 10} KiB, {name}"
-    yield bench.rows(f"gather {size}", gather_us(pages, src), {"xla": lambda: gather_us(pages, src, **XLA)}, limit)
-    yield bench.rows(f"copy {size}", copy_us(pages, src, dst), {"xla": lambda: copy_us(pages, src, dst, **XLA)}, limit)
+    yield bench.rows(f"gather {size}", gather_us(pages, src), {"xla": lambda: gather_us(pages, src, **XLA)}, moved)
+    yield bench.rows(f"copy {size}", copy_us(pages, src, dst), {"xla": lambda: copy_us(pages, src, dst, **XLA)}, moved)
     for tokens in bench.sizes.written_tokens:
         for stored, kv_dtype in ((jnp.bfloat16, None), (jnp.uint8, jnp.float8_e4m3fn)):
             given = (pages.shape, tokens, stored, kv_dtype)
             moved = tokens * shape.kv_heads * shape.head_dim * 2 * (2 + jnp.dtype(stored).itemsize)
             case = f"write {tokens} tokens, {jnp.dtype(kv_dtype or stored)}, {name}"
             others = {"xla": lambda given=given: write_us(*given, **XLA)}
-            yield bench.rows(case, write_us(*given), others, bench.of_bytes(moved))
+            yield bench.rows(case, write_us(*given), others, moved)
 
 
 def merging(bench: Bench) -> Iterator[list[Row]]:
     """Merge of a few states of as many tokens as fill the working set."""
     for states in (2, 8):
         outs, lses = states_to_merge(bench.sizes, states)
-        limit = bench.of_bytes(outs.nbytes + outs.nbytes // states)
+        moved = outs.nbytes + outs.nbytes // states
         case = f"merge {states} states of {outs.shape[1]} tokens, 32 heads of 128, float32"
         others = {"xla": lambda outs=outs, lses=lses: merge_us(outs, lses, **XLA)}
-        yield bench.rows(case, merge_us(outs, lses), others, limit)
+        yield bench.rows(case, merge_us(outs, lses), others, moved)
 
 
 def attention(bench: Bench, name: str, inputs: AttentionInputs) -> list[Row]:
     """One batch: every way there is to compute it. The limit is the larger of its two."""
     shape = SHAPES[name]
-    read_us = bench.of_bytes(inputs.bytes_read(shape.sliding_window))
-    math_us = inputs.flops(shape.sliding_window) / bench.flops_a_second * 1e6
+    read, flops = inputs.bytes_read(shape.sliding_window), inputs.flops(shape.sliding_window)
     plain = not (shape.sliding_window or shape.chunk_size or shape.logits_soft_cap or shape.has_sinks)
     others = {"xla": lambda: attention_us(shape, inputs, **XLA)}
     if plain and inputs.kv_dtype is None:
         others |= attention_baselines(inputs)
-    return bench.rows(f"{inputs.what}, {name}", attention_us(shape, inputs), others, max(read_us, math_us))
+    return bench.rows(f"{inputs.what}, {name}", attention_us(shape, inputs), others, read, flops)
 
 
 def all_rows(bench: Bench, only: list[str]) -> Iterator[list[Row]]:

@@ -30,6 +30,8 @@ class Row:
         baseline_us: that.
         limit_us: what the hardware, as measured in the same run, allows.
         device: where; by default JAX's default device.
+        num_bytes: that the call has to read and write; None: not counted.
+        flops: floating-point operations that it has to do; None: not counted.
     """
 
     case: str
@@ -39,6 +41,8 @@ class Row:
     limit_us: float | None = None
     device: str = dataclasses.field(default_factory=lambda: device_name())
     jax: str = jax.__version__
+    num_bytes: int | None = None
+    flops: float | None = None
 
     @property
     def ratio_to_baseline(self) -> float | None:
@@ -54,6 +58,7 @@ class Row:
         """The row as it stands in the file: times to 0.01 us, ratios to 0.001."""
         times = {name: _rounded(getattr(self, name), 2) for name in ("ours_us", "baseline_us", "limit_us")}
         ratios = {name: _rounded(getattr(self, name), 3) for name in ("ratio_to_baseline", "ratio_to_limit")}
+        work = {name: getattr(self, name) for name in ("num_bytes", "flops") if getattr(self, name) is not None}
         return {
             "case": self.case,
             "ours_us": times["ours_us"],
@@ -61,6 +66,7 @@ class Row:
             "baseline_us": times["baseline_us"],
             "limit_us": times["limit_us"],
             **ratios,
+            **work,
             "device": self.device,
             "jax": self.jax,
         }

@@ -108,7 +108,7 @@ def prefix_tree(
     shown = runs[:most_runs]
     rows = _rows_of(shown)
     places = _columns_of(shown)
-    height = max((max(rows, default=0) + 1) * 0.56, 0.8)
+    height = max((max(rows, default=0) + 1) * 0.62, 0.8)
     right = max((left + width for left, width in places), default=1.0)
     figure, ax = style.panel(ax, max(9.0, 1.5 * right), height + 1.15)
     style.bare(ax)
