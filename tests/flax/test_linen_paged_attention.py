@@ -233,7 +233,7 @@ def test_bad_calls_name_the_module_the_cache_and_the_fix() -> None:
             Model(options=FrozenDict(fields)).apply(variables, x, mutable=["cache"])
     with pytest.raises(InvalidArgumentError, match="without decode"):
         paged.PagedMultiHeadDotProductAttention(6).apply({}, x, lengths=[1, 1, 1, 1])
-    with pytest.raises(ShapeMismatchError, match="beside inputs_kv"):
+    with pytest.raises(InvalidArgumentError, match="beside inputs_kv"):
         ours.apply(variables, x, inputs_k=x, inputs_kv=x, mutable=["cache"])
 
 

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from pyagent_kv_jax.cache.paged_kv_cache import PagedKVCache
 from pyagent_kv_jax.distributed.cache_sharding import CacheSharding
-from pyagent_kv_jax.errors import ConfigError, InvalidArgumentError, ShapeMismatchError
+from pyagent_kv_jax.errors import ConfigError, InvalidArgumentError
 from pyagent_kv_jax.flax.private_cache import (
     CacheOwner,
     Rope,
@@ -245,7 +245,7 @@ class PagedMultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Inputs of Q, K and V, those that were left out filled in as in Linen."""
         if (kv is not None and (k is not None or v is not None)) or (kv is None and k is None and v is not None):
-            raise ShapeMismatchError(
+            raise InvalidArgumentError(
                 f"{self._name()}: got inputs_v without inputs_k, or either beside inputs_kv, want one way or the other"
             )
         k = (q if kv is None else kv) if k is None else k
