@@ -243,15 +243,17 @@ def test_an_attribute_of_the_model_goes_through_split_and_merge_without_a_new_tr
 
 
 def test_nnx_jit_changes_the_cache_outside() -> None:
-    model, shared = Model("remat"), SharedKVCache(poisoned())
-    run = nnx.jit(lambda model, x, shared: model(x, shared))
-    (inputs, wanted), meta = sequences(), None
+    """Donated, and in place; decode layout."""
+    model, shared = Model("handles"), SharedKVCache(poisoned())
+    run = nnx.jit(lambda model, x, shared: model(x, shared), donate_argnums=2)
+    (inputs, wanted), before = sequences(), shared.cache.pages.k_pages
     for i in range(2):
-        meta = shared.extend(np.ones(ROWS, int))
+        shared.extend(np.ones(ROWS, int))
         out = run(model, jnp.asarray(np.stack([x[i] for x in inputs])[:, None]), shared)
         np.testing.assert_allclose(out[:, 0], np.stack([y[i] for y in wanted]), atol=1e-5, rtol=1e-5)
-    assert meta is not None
-    assert meta.positions.tolist() == [1] * ROWS
+    assert before.is_deleted()
+    assert shared.meta is not None
+    assert shared.meta.positions.tolist() == [1] * ROWS
     assert shared.cache.table.num_tokens.tolist() == [2] * ROWS
 
 
