@@ -29,8 +29,8 @@ class SharedKVCache(nnx.Variable):
     ...     return logits[0], meta.ok, shared.cache                        # each layer: cache.attend(q, k, v)
 
     It may also be an attribute of the model and of its layers. It then goes through ``nnx.split`` and ``merge``
-    (its type is its filter), ``nnx.jit`` and ``nnx.remat`` like any ``Variable``, and through ``nnx.scan`` as
-    ``nnx.Carry``, in place. Call ``end_step()`` before such a model leaves the ``jit``: metadata that is taken along
+    (its type is its filter), ``nnx.jit`` (donate it) and ``nnx.remat`` like any ``Variable``, and through ``nnx.scan``
+    as ``nnx.Carry``, in place. Call ``end_step()`` before such a model leaves the ``jit``: metadata that is taken along
     makes the next step another shape, and ``attend`` without ``extend`` could not be told from one with it.
 
     Rows that ``extend`` refuses (no blocks left, too long) keep what they had: their tokens are written nowhere, attend
