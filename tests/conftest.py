@@ -28,6 +28,7 @@ _COMPILE_BOUND = (
     "models",
     "owned",
     "pallas_kernels",
+    "pictures",
     "pool",
     "prefix",
     "ring",
