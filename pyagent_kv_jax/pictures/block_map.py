@@ -18,6 +18,7 @@ from matplotlib.patheffects import withStroke
 from pyagent_kv_jax.pictures import style
 from pyagent_kv_jax.pictures.block_owners import BlockOwners, block_owners
 
+_ROWS = ((8, 24), (16, 192), (32, 1024), (64, 6144))  # cells of a row, up to so many blocks
 _MOST_NAMED = 12  # owners in the legend
 _SMALLEST_DOTTED = 18  # points; in smaller cells there is no room for dots
 _POINTS_A_LETTER = 0.62  # of the text's size
@@ -32,8 +33,8 @@ class _Grid(NamedTuple):
 
     @classmethod
     def of(cls, num_blocks: int, width: float) -> _Grid:
-        """About twice as wide as high, in rows of 8, 16, 32, ... blocks; ``width`` in inches."""
-        columns = min(max(2 ** round(math.log2(math.sqrt(2.2 * num_blocks))), 8), max(num_blocks, 1))
+        """In rows of 8, 16, 32, 64 or 128 blocks, so that few blocks are large; ``width`` in inches."""
+        columns = next((columns for columns, most in _ROWS if num_blocks <= most), 128)
         return cls(columns, -(-num_blocks // columns), 72 * width / columns)
 
 
@@ -155,7 +156,7 @@ def _write_marks(ax: Axes, owners: BlockOwners, grid: _Grid) -> None:
         mark = _mark(owners, first)
         needed = len(mark) * _POINTS_A_LETTER * size
         each = grid.cell > max(needed, 1.25 * size) and (end - first == 1 or grid.cell > 15)
-        if not each and (grid.cell * (end - first) < needed + 2 or grid.cell < 0.9 * size):
+        if not each and (grid.cell * (end - first) < needed + 2 or grid.cell < 0.75 * size):
             continue
         for block in range(first, end) if each else [first + (end - first) // 2]:
             middle = 0.5 if each else (end - first) / 2 - (end - first) // 2

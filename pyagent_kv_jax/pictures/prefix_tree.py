@@ -44,10 +44,10 @@ def prefix_runs(seen: ManagerSnapshot, group: int = 0) -> list[PrefixRun]:
     """The tree of a layer group, parents before their children, the first by block id."""
     known = seen.prefix_blocks[group]
     at = {key: i for i, key in enumerate(known.keys.tolist())}
-    parent = [
-        at.get(key, -1) if column else -1
-        for key, column in zip(known.parents.tolist(), known.columns.tolist(), strict=True)
-    ]
+    columns = known.columns.tolist()
+    parent = [at.get(key, -1) for key in known.parents.tolist()]
+    # Keys are names here, no proofs: only a block one column before can be the parent.
+    parent = [i if i >= 0 and columns[i] == column - 1 else -1 for i, column in zip(parent, columns, strict=True)]
     children: dict[int, list[int]] = defaultdict(list)
     for i, above in enumerate(parent):
         children[above].append(i)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from pyagent_kv_jax.errors import InvalidArgumentError
 from pyagent_kv_jax.pictures import style
@@ -91,9 +92,10 @@ def roofline(
     lowest, highest = _range(computing, bytes_a_second, flops_a_second)
     _draw_roof(ax, lowest, highest, bytes_a_second, flops_a_second)
     strip = lowest / 2.2
+    copies = iter(strip * np.geomspace(1 / 1.4, 1.4, max(len(points) - len(computing), 1)))
     for i, point in enumerate(points):
         computes = point.flops > 0
-        x = point.intensity if computes else strip
+        x = point.intensity if computes else next(copies)
         reached = point.flops_a_second if computes else point.bytes_a_second * lowest
         allowed = _allowed(point, bytes_a_second, flops_a_second)
         ax.plot(
@@ -115,14 +117,14 @@ def roofline(
         ax.axvspan(strip / 1.6, strip * 1.6, color=style.EMPTY, zorder=0)
         ax.text(
             strip,
-            0.98,
-            "copies: bandwidth only",
+            -0.025,
+            "copies:\nbandwidth only",
             transform=ax.get_xaxis_transform(),
             ha="center",
             va="top",
-            rotation="vertical",
             fontsize=style.SMALL_SIZE,
         )
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.plot([strip / 1.6, strip * 1.6], [bytes_a_second * lowest] * 2, color=style.INK, linewidth=2)
         ax.set_xlim(strip / 1.6, highest)
     else:

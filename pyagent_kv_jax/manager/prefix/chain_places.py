@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from pyagent_kv_jax.manager.prefix.block_hash import BlockKeys
+from pyagent_kv_jax.manager.prefix.digest_map import WORDS
 
 
 class Places(NamedTuple):
@@ -24,13 +25,18 @@ class Places(NamedTuple):
     @classmethod
     def of_runs(cls, runs: Sequence[tuple[BlockKeys, int, int]], first_words: np.ndarray) -> Self:
         """Of the blocks ``first`` up to ``last`` of each (keys, first, last), whose keys begin with these u64[n]."""
-        runs = [run for run in runs if run[1] < run[2]]
-        firsts = np.array([first for _, first, _ in runs], np.int64)
-        lengths = np.array([last - first for _, first, last in runs], np.int64)
+        before = [keys.before(first) for keys, first, last in runs if first < last]
+        firsts = np.array([first for _, first, last in runs if first < last], np.int64)
+        step = WORDS
+        if runs and runs[0][0].nodes is not None:  # digests of any length, see ``words_of``
+            before, step = [digest[:8].ljust(8, b"\0") for digest in before], 1
+        words = np.frombuffer(b"".join(before), np.uint64)[::step]
+        if len(words) == len(first_words):  # one block each, as decode steps fill them
+            return cls(words, firsts)
+        lengths = np.array([last - first for _, first, last in runs if first < last], np.int64)
         starts = np.cumsum(lengths) - lengths
         parents = np.roll(first_words, 1)
-        before = b"".join(keys.before(first)[:8].ljust(8, b"\0") for keys, first, _ in runs)
-        parents[starts] = np.frombuffer(before, np.uint64)
+        parents[starts] = words
         return cls(parents, np.arange(len(first_words)) - np.repeat(starts - firsts, lengths))
 
     def of(self, chosen: np.ndarray) -> Self:
