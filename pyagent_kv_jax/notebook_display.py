@@ -186,5 +186,5 @@ def _table(rows: Rows) -> str:
     body = "".join(line(cells, "td") for cells in rows.cells)
     left = rows.num_rows - len(rows.cells)
     more = f'<div style="font-size:12px;opacity:.75">... {left:,} more {escape(rows.what)}</div>' if left > 0 else ""
-    table = f'<table style="border-collapse:collapse;color:inherit;font-size:12px;margin:4px 0">{line(rows.head, "th")}{body}</table>'
-    return table + more
+    look = "border-collapse:collapse;color:inherit;font-size:12px;margin:4px 0"
+    return f'<table style="{look}">{line(rows.head, "th")}{body}</table>{more}'
