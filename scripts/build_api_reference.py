@@ -1,6 +1,8 @@
 """Write the API reference as HTML pages, from the docstrings: every name that a public module exports, and no other.
 
     pip install -e '.[docs]' && python scripts/build_api_reference.py docs/api
+
+Then open ``docs/api/index.html``.
 """
 
 from __future__ import annotations

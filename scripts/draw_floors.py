@@ -13,7 +13,7 @@ from matplotlib.patches import FancyBboxPatch
 
 # From the top: the floor's name, then (folder, what it holds, left edge, width, number in a step's way or "").
 FLOORS = [
-    ("floor 5", [("serving/", "generate(), scheduler, sampling, command line", 0.0, 0.64, "1"),
+    ("floor 5", [("serving/", "generate(), scheduler, command line; pictures/", 0.0, 0.64, "1"),
                  ("models/", "Llama, Qwen, Gemma 3 in NNX", 0.66, 0.34, "5")]),
     ("floor 4", [("manager/", "KVCacheManager: request ids, prefix cache, forks, preemption", 0.0, 0.64, "2"),
                  ("flax/", "for your own NNX or Linen code", 0.66, 0.34, "")]),

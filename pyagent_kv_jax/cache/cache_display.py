@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,10 +22,6 @@ from pyagent_kv_jax.notebook_display import (
 )
 from pyagent_kv_jax.pool.pool_display import pool_counts
 from pyagent_kv_jax.tables.table_display import row_counts
-
-if TYPE_CHECKING:
-    from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
-    from pyagent_kv_jax.cache.paged_kv_cache import PagedKVCache
 
 _FIELDS = ("pages", "pool", "table")
 _METADATA = ("block_tables", "kv_lens", "query_start_loc", "slot_mapping", "positions", "ok")
@@ -54,8 +50,8 @@ def request_rows(names: Sequence[str], tokens: np.ndarray, blocks: np.ndarray, c
     return Rows(("", "tokens", "blocks", "empty"), cells, len(names), "rows in use")
 
 
-def cache_line(cache: PagedKVCache) -> str:
-    """One line. Reads the counters of pool and table, O(rows)."""
+def cache_line(cache: Any) -> str:
+    """A ``PagedKVCache`` in one line. Reads the counters of pool and table, O(rows)."""
 
     def line() -> str:
         counts, rows = pool_counts(cache.pool), row_counts(cache.table)
@@ -69,8 +65,8 @@ def cache_line(cache: PagedKVCache) -> str:
     return attempt(line, lambda: fields_line(cache, _FIELDS))
 
 
-def cache_html(cache: PagedKVCache) -> str:
-    """For a notebook. Reads the counters of pool and table, O(rows)."""
+def cache_html(cache: Any) -> str:
+    """A ``PagedKVCache`` for a notebook. Reads the counters of pool and table, O(rows)."""
 
     def html() -> str:
         config, counts, rows = cache.config, pool_counts(cache.pool), row_counts(cache.table)
@@ -84,8 +80,8 @@ def cache_html(cache: PagedKVCache) -> str:
     return attempt(html, lambda: fields_html(cache, _FIELDS))
 
 
-def metadata_line(meta: AttentionMetadata) -> str:
-    """One line: shapes, and the static bounds. Reads nothing."""
+def metadata_line(meta: Any) -> str:
+    """``AttentionMetadata`` in one line: shapes, and the static bounds. Reads nothing."""
 
     def line() -> str:
         bounds: list[Any] = [f"max_query_len={meta.max_query_len}", f"max_kv_len={meta.max_kv_len}"]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pyagent_kv_jax.config import KVCacheConfig
+from pyagent_kv_jax.manager.manager_parts import ManagerParts
 from pyagent_kv_jax.manager.prefix.chain_places import CachedBlocks
-
-if TYPE_CHECKING:
-    from pyagent_kv_jax.manager.manager_parts import ManagerParts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from pyagent_kv_jax.notebook_display import (
     KEPT_COLOR,
@@ -17,9 +17,6 @@ from pyagent_kv_jax.notebook_display import (
     values_of,
 )
 from pyagent_kv_jax.pool.queues import Counters
-
-if TYPE_CHECKING:
-    from pyagent_kv_jax.pool.block_pool import BlockPool
 
 _FIELDS = ("ref_counts", "cached", "position", "queue", "counters")
 
@@ -45,8 +42,8 @@ class PoolCounts(NamedTuple):
         )
 
 
-def pool_counts(pool: BlockPool) -> PoolCounts | None:
-    """None where they have no values now, or are those of a whole batch of pools."""
+def pool_counts(pool: Any) -> PoolCounts | None:
+    """Of a ``BlockPool``; None where they have no values now, or are those of a whole batch of pools."""
     read = values_of(pool.counters)
     if read is None or read[0].shape != (len(Counters._fields),):
         return None
@@ -55,8 +52,8 @@ def pool_counts(pool: BlockPool) -> PoolCounts | None:
     return PoolCounts(pool.num_blocks - cached - free, cached, free)
 
 
-def pool_line(pool: BlockPool) -> str:
-    """One line."""
+def pool_line(pool: Any) -> str:
+    """A ``BlockPool`` in one line."""
 
     def line() -> str:
         counts = pool_counts(pool)
@@ -67,8 +64,8 @@ def pool_line(pool: BlockPool) -> str:
     return attempt(line, lambda: fields_line(pool, _FIELDS))
 
 
-def pool_html(pool: BlockPool) -> str:
-    """For a notebook."""
+def pool_html(pool: Any) -> str:
+    """A ``BlockPool`` for a notebook."""
 
     def html() -> str:
         counts = pool_counts(pool)
