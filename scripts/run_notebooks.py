@@ -1,7 +1,9 @@
 """Run notebooks from top to bottom, each in a fresh kernel, and say how long each took.
 
-pip install -e '.[notebooks]' && python scripts/run_notebooks.py          # all of notebooks/
-python scripts/run_notebooks.py --save notebooks/1_quickstart.ipynb       # and keep what they show
+    pip install -e '.[notebooks]' && python scripts/run_notebooks.py          # all of notebooks/
+    python scripts/run_notebooks.py --save notebooks/1_quickstart.ipynb       # and keep what they show
+
+Exits with 1 if a cell of one raised.
 """
 
 from __future__ import annotations
