@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from pyagent_kv_jax.arguments import integer, shown
+from pyagent_kv_jax.arguments import integer, integers, shown
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.paged_kv_cache import PagedKVCache
 from pyagent_kv_jax.errors import (
@@ -41,8 +41,9 @@ class CacheInStep:
         """In the next step: see ``PagedKVCache.extend``. ``caller`` is who is named in messages.
 
         Raises:
-            InvalidArgumentError: pages without tables, or counts that are none for each row. And outside ``jit``:
-            InvalidArgumentError, RequestTooLongError, OutOfBlocksError: a row is refused.
+            InvalidArgumentError: pages without tables, or counts that are none for each row.
+            ShapeMismatchError: counts that are no integers.
+            InvalidArgumentError, RequestTooLongError, OutOfBlocksError: (outside ``jit``) a row is refused.
         """
         if not isinstance(self.cache, PagedKVCache):
             raise InvalidArgumentError(
@@ -55,6 +56,7 @@ class CacheInStep:
                 f"{caller}.extend: got lens of shape {list(np.shape(lens))}, want [{rows}], a count for each row, 0 "
                 f"where it takes no part, for {self._shape()}"
             )
+        lens = integers(f"{caller}.extend: lens", lens, rows)
         cache, meta = self.cache.extend(lens, num_tokens=num_tokens, order=order)
         if is_concrete(meta.ok, lens) and not np.all(meta.ok):
             raise self._refusal(caller, np.asarray(lens), num_tokens, int(np.argmin(meta.ok)))
@@ -69,6 +71,13 @@ class CacheInStep:
             InvalidArgumentError: not in a step, or no such layer.
             ShapeMismatchError: shapes that do not fit the cache or the step.
         """
+        meta = self.check(caller, layer, q, k, v)
+        tokens = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
+        out, cache = self.cache.attend(layer, *tokens, meta, **options)
+        return out.reshape(*q.shape[:-1], out.shape[-1]), dataclasses.replace(self, cache=cache)
+
+    def check(self, caller: str, layer: ArrayLike, q: jax.Array, k: jax.Array, v: jax.Array) -> AttentionMetadata:
+        """The metadata of the step, if ``attend`` can be called with these. Raises as ``attend``."""
         if self.meta is None:
             raise InvalidArgumentError(
                 f"{caller}: got attend() outside a step, want extend(lens) before the layers, for {self._shape()}"
@@ -76,22 +85,17 @@ class CacheInStep:
         index, layers = integer("layer", layer), self.cache.config.num_layers
         if is_concrete(index) and not 0 <= index < layers:
             raise InvalidArgumentError(f"{caller}: got layer {index}, want 0 to {layers - 1}, for {self._shape()}")
-        self._check_shapes(f"{caller}, layer {shown(index)}", q, k, v, self.meta)
-        tokens = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
-        out, cache = self.cache.attend(index, *tokens, self.meta, **options)
-        return out.reshape(*q.shape[:-1], out.shape[-1]), dataclasses.replace(self, cache=cache)
-
-    def _check_shapes(self, caller: str, q: jax.Array, k: jax.Array, v: jax.Array, meta: AttentionMetadata) -> None:
-        config, num_tokens = self.cache.config, meta.positions.shape[0]
+        config, num_tokens = self.cache.config, self.meta.positions.shape[0]
         heads, dim, v_dim = config.num_heads, config.head_dim, config.value_head_dim
         fits = q.ndim >= 3 and math.prod(q.shape[:-2]) == num_tokens and k.shape[:-2] == v.shape[:-2] == q.shape[:-2]
         fits = fits and q.shape[-2] % heads == 0 and q.shape[-1] == dim
         if not (fits and k.shape[-2:] == (heads, dim) and v.shape[-2:] == (heads, v_dim)):
             raise ShapeMismatchError(
-                f"{caller}: got q, k, v of shapes {[list(x.shape) for x in (q, k, v)]}, want [..., a multiple of "
-                f"{heads}, {dim}], [..., {heads}, {dim}], [..., {heads}, {v_dim}] where ... are the same axes, of in "
-                f"all {num_tokens} tokens, as extend() was told, for {self._shape()}"
+                f"{caller}, layer {shown(index)}: got q, k, v of shapes {[list(x.shape) for x in (q, k, v)]}, want "
+                f"[..., a multiple of {heads}, {dim}], [..., {heads}, {dim}], [..., {heads}, {v_dim}] where ... are "
+                f"the same axes, of in all {num_tokens} tokens, as extend() was told, for {self._shape()}"
             )
+        return self.meta
 
     def _refusal(self, caller: str, lens: np.ndarray, num_tokens: int | None, row: int) -> Exception:
         assert isinstance(self.cache, PagedKVCache)

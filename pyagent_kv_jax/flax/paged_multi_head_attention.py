@@ -23,8 +23,8 @@ from pyagent_kv_jax.flax.private_cache import (
     check_cache,
     checked_counts,
     create_private_cache,
-    positions_from_0,
     static_options,
+    turned,
 )
 from pyagent_kv_jax.flax.shared_kv_cache import LayerHandle
 
@@ -80,14 +80,19 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
     ) -> None:
         self.sliding_window = sliding_window
         self.rope = rope
-        attention_fn = options.pop("attention_fn", nnx.dot_product_attention)
-        self.has_default_attention = attention_fn is nnx.dot_product_attention
-        super().__init__(
-            *args, attention_fn=attention_fn if rope is None else partial(_roped, rope, attention_fn), **options
-        )
+        super().__init__(*args, **options)
         self.cache_options = static_options(cache_options)
         self.cache_sharding = None if cache_sharding is None else CacheSharding.of(cache_sharding)
         self.paged_cache: nnx.Cache | None = nnx.data(None)
+
+    @property
+    def attention_fn(self) -> Callable[..., jax.Array]:
+        """What attends without decode. With ``rope`` it turns q and k first."""
+        return self._attention_fn if self.rope is None else partial(_roped, self.rope, self._attention_fn)
+
+    @attention_fn.setter
+    def attention_fn(self, attention_fn: Callable[..., jax.Array]) -> None:
+        self._attention_fn = attention_fn
 
     def init_cache(self, input_shape: Sequence[int], dtype: Any = None) -> None:
         """Make an empty cache, or empty the one there is.
@@ -181,12 +186,12 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
         self._check_options(options)
         inputs_q, inputs_k, inputs_v = self._checked_inputs(inputs_q, inputs_k, inputs_v)
         q, k, v = self._projected(inputs_q, inputs_k, inputs_v, options.get("qkv_sharding"))
-        step = cache.shared.meta
-        # Where there is no step, or one of another size, attend() says so.
-        if self.rope is not None and step is not None and step.positions.size == math.prod(q.shape[:-2]):
-            positions = step.positions.reshape(q.shape[:-2])
-            q, k = self.rope(q, positions), self.rope(k, positions)
-        out, _ = cache.attend(q, k, v, sliding_window=self.sliding_window)
+        name, in_step = type(self).__name__, cache.shared.get_value()
+        positions = in_step.check(name, cache.index, q, k, v).positions
+        if self.rope is not None:
+            q, k = (turned(self.rope, x, positions) for x in (q, k))
+        out, in_step = in_step.attend(name, cache.index, q, k, v, sliding_window=self.sliding_window)
+        cache.shared.set_value(in_step)
         return self.out(out, out_sharding=options.get("out_sharding"))
 
     def _projected(self, inputs_q: jax.Array, inputs_k: jax.Array, inputs_v: jax.Array, sharding: Any) -> Any:
@@ -213,7 +218,7 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
             "mask": options.get("mask") is not None,
             "sow_weights": bool(options.get("sow_weights")),
             "input_positions": options.get("input_positions") is not None,
-            "attention_fn": not self.has_default_attention,
+            "attention_fn": self._attention_fn is not nnx.dot_product_attention,
             "dropout": self.dropout_rate > 0 and not deterministic,
         }
         if any(refused.values()):
@@ -243,7 +248,6 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
         return check_cache(self._owner, self.paged_cache.get_value())
 
 
-def _roped(rope: Rope, attention_fn: Callable[..., jax.Array], query: Any, key: Any, *args: Any, **options: Any) -> Any:
+def _roped(rope: Rope, attention_fn: Callable[..., jax.Array], q: Any, k: Any, *args: Any, **options: Any) -> jax.Array:
     """``attention_fn`` of turned Q and K."""
-    query, key = (rope(x, positions_from_0(x)) for x in (query, key))
-    return attention_fn(query, key, *args, **options)
+    return attention_fn(turned(rope, q), turned(rope, k), *args, **options)

@@ -233,9 +233,19 @@ def attend_padded(
     return out.reshape(shape), cache
 
 
-def positions_from_0(x: jax.Array) -> jax.Array:
-    """i32[..., n]: where the tokens of [..., n, heads, head_dim] stand without a cache."""
-    return jnp.broadcast_to(jnp.arange(x.shape[-3], dtype=jnp.int32), x.shape[:-2])
+def turned(rope: Rope, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+    """``rope`` of Q or K, whose leading axes it is shown as one.
+
+    Args:
+        rope: turns [batch, n, heads, head_dim].
+        x: [..., n, heads, head_dim].
+        positions: i32[..., n]. None: 0, 1, ..., as without a cache.
+    """
+    *lead, n, heads, head_dim = x.shape
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (*lead, n))
+    batch = math.prod(lead)
+    return rope(x.reshape(batch, n, heads, head_dim), positions.reshape(batch, n)).reshape(x.shape)
 
 
 def _static(value: Any) -> Any:

@@ -112,6 +112,8 @@ def test_grouped_heads_rope_window_and_chunks() -> None:
     seen = (at[:, None] >= at) & (at[:, None] - at < 6)
     want = ours.clone(decode=False).apply({"params": params}, x, mask=seen[None, None])
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), want, atol=1e-5, rtol=1e-5)
+    spread = ours.clone(decode=False).apply({"params": params}, x.reshape(2, 2, 21, -1), mask=seen)
+    np.testing.assert_allclose(spread.reshape(want.shape), want, atol=1e-6)
     plain = paged.PagedMultiHeadDotProductAttention(**{**SIZES, "num_kv_heads": 2, "decode": False})
     got = plain.apply({"params": params}, x, mask=nn.make_causal_mask(x[..., 0]))
     exact = np.stack([numpy_attention.attend(params, row) for row in x])

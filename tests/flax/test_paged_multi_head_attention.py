@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
 
 def pair(case: str, **options: Any) -> tuple[nnx.MultiHeadAttention, PagedMultiHeadAttention]:
     """Theirs, and ours with the parameters of theirs."""
-    sizes = {"in_features": FEATURES, "decode": True, **SIZES[case]}
+    sizes = {"in_features": FEATURES, "decode": options.pop("decode", True), **SIZES[case]}
     theirs = nnx.MultiHeadAttention(**sizes, rngs=nnx.Rngs(0))
     ours = PagedMultiHeadAttention(**sizes, **options, rngs=nnx.Rngs(1))
     nnx.update(ours, nnx.state(theirs, nnx.Param))
@@ -240,6 +240,48 @@ def test_layers_that_share_one_cache() -> None:
     ):
         with pytest.raises(InvalidArgumentError, match=message):
             layers[0](x, **options)
+    shared.extend(lengths)
+    for inputs, layer, error, message in [
+        ((x,), 2, InvalidArgumentError, "got layer 2, want 0 to 1"),
+        ((x, x[:1]), 1, ShapeMismatchError, r"layer 1: .*\[1, 1, 2, 8\].* in all 4 tokens"),
+        ((x[:3],), 1, ShapeMismatchError, r"layer 1: .*\[3, 1, 6, 8\].* in all 4 tokens"),
+    ]:
+        with pytest.raises(error, match=f"^PagedMultiHeadAttention.*{message}.*a cache of 2 layers, 4 rows of 96"):
+            layers[0](*inputs, cache=shared.layer(layer))
+    assert not jnp.abs(shared.cache.pages.k_pages).any()
+
+
+class Turning(nnx.Module):
+    """A rope with a parameter, which is particular about the shapes that it is promised."""
+
+    def __init__(self) -> None:
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        chex.assert_shape(positions, x.shape[:2])
+        return rope(x, positions) * self.scale
+
+
+def test_a_rope_sees_one_batch_axis_and_is_trained_and_restored_with_its_module() -> None:
+    _, ours = pair("grouped", rope=Turning(), decode=False)
+    _, other = pair("grouped", rope=Turning(), decode=False)
+    assert nnx.graphdef(ours) == nnx.graphdef(other)  # jit compiles once for both
+    x = jax.random.normal(jax.random.key(8), (ROWS, 3, FEATURES))
+    mask = nnx.make_causal_mask(x[..., 0])
+    loss, grads = nnx.value_and_grad(lambda module: (module(x, mask=mask) ** 2).sum())(ours)
+    assert abs(grads["rope"]["scale"][...]) > 1e-2
+    ours.rope.scale.set_value(jnp.float32(0.5))
+    want = ours(x, mask=mask)
+    assert abs((want**2).sum() - loss) > 1e-2
+    got = ours(x.reshape(2, 2, 3, FEATURES), mask=mask.reshape(2, 2, 1, 3, 3))
+    np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-6)
+
+    config = KVCacheConfig(1, 2, 8, num_blocks=24, max_num_reqs=ROWS, max_model_len=LONGEST)
+    for lead in ((12,), (1, 12), (2, 3, 2)):
+        shared = SharedKVCache(PagedKVCache.create(config))
+        shared.extend(np.full(ROWS, 3), num_tokens=12)
+        got = ours(x.reshape(*lead, FEATURES), cache=shared.layer(0))
+        np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-5)
 
 
 def test_caches_of_another_geometry_are_refused() -> None:
@@ -315,4 +357,7 @@ def test_what_decode_cannot_do_is_refused() -> None:
             module(*arguments, **options)
     with pytest.raises(ShapeMismatchError, match="input_shape"):
         ours.init_cache((ROWS, FEATURES))
+    ours.attention_fn = lambda q, k, v, **_: q
+    with pytest.raises(InvalidArgumentError, match="got attention_fn in decode"):
+        ours(x)
     assert ours.paged_cache.get_value().table.num_tokens.tolist() == [0] * ROWS

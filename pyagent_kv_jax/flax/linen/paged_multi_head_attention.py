@@ -25,8 +25,8 @@ from pyagent_kv_jax.flax.private_cache import (
     check_cache,
     checked_counts,
     create_private_cache,
-    positions_from_0,
     static_options,
+    turned,
 )
 
 
@@ -181,7 +181,7 @@ class PagedMultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     ) -> jax.Array:
         """What Linen's own call does with Q, K and V; K and V may have fewer heads."""
         if self.rope is not None:
-            q, k = (self.rope(x, positions_from_0(x)) for x in (q, k))
+            q, k = (turned(self.rope, x) for x in (q, k))
         if self.dropout_rate > 0:
             deterministic = nn.merge_param("deterministic", self.deterministic, deterministic)
             if not deterministic and options["dropout_rng"] is None:
