@@ -218,7 +218,7 @@ class KVCacheConfig:
         head_dim: elements of one K head; also of a V head unless ``v_head_dim`` says otherwise.
         num_blocks: blocks of the pool. None: as many as ``memory_fraction`` of the device's free memory holds.
         block_size: tokens of one block.
-        dtype: element type. None: float32 on CPUs, bfloat16 elsewhere.
+        dtype: element type, a ``DType`` or its name, "bfloat16" say. None: float32 on CPUs, bfloat16 elsewhere.
         device: kind of device for the pages. None: JAX's default.
         max_num_reqs: requests that can hold blocks at once (rows of the table).
         max_model_len: tokens of the longest request.

@@ -114,7 +114,24 @@ class PagedKVCache:
     def attend(
         self, layer: ArrayLike, q: jax.Array, k: jax.Array, v: jax.Array, meta: AttentionMetadata, **options: Any
     ) -> tuple[jax.Array, Self]:
-        """Store K and V of one layer, then attend; see ``KVPages.attend``."""
+        """Store K and V of one layer, then attend, causally, over all that each row holds.
+
+        Args:
+            layer: i32[], 0 to ``config.num_layers - 1``; may be traced. Another stores nothing and gives zeros.
+            q: [T, q_heads, head_dim], the tokens of all rows as ``extend`` laid them out: no batch axis. After rope, by
+                ``meta.positions``.
+            k: [T, kv_heads, head_dim], after rope; not repeated for grouped heads.
+            v: [T, kv_heads, v_head_dim].
+            meta: of this step, from ``extend``.
+            **options: ``scale``, ``sliding_window``, ``chunk_size``, ``logits_soft_cap``, ``sinks``: see
+                ``KVPages.attend``. There is no mask.
+
+        Returns:
+            ([T, q_heads, v_head_dim] of q's dtype, the new cache). Queries of a refused row get zeros.
+
+        Raises:
+            ShapeMismatchError: shapes that do not fit the cache or the step's tokens.
+        """
         out, pages = self.pages.attend(layer, q, k, v, meta, **options)
         return out, dataclasses.replace(self, pages=pages)
 
@@ -122,7 +139,7 @@ class PagedKVCache:
         """Give back everything the rows in the mask ``rows`` bool[R] hold.
 
         Args:
-            rows: mask.
+            rows: a mask, not indices.
             capacity: static; most blocks freed at once. None: the whole pool's.
 
         Returns:

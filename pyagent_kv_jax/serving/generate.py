@@ -70,10 +70,12 @@ def generate(
     over several calls, with one ``backend``.
 
     Args:
-        model: a Flax NNX model called as ``model(tokens, cache, meta, logits_at=...)``, with a ``config``.
+        model: a Flax NNX model called as ``model(tokens, cache, meta, logits_at=...)``. With a ``config.vocab_size``
+            prompts are checked against it.
         prompts: token ids, one sequence a prompt.
         sampling: for all prompts, or one for each.
-        cache_config: sizes of a paged cache made for this call. None: ``fitting_cache_config``.
+        cache_config: sizes of a paged cache made for this call, ``max_num_reqs`` at least ``max_num_seqs``. None: as
+            the prompts need, for a model with ``config.kv_cache_config``.
         backend: a cache to serve through, instead of ``cache_config``; its other requests are left alone. Over several
             processes each has one of its own, used in calls that all of them make, and not by itself.
         mesh: devices to spread the weights and the cache over: K and V by head over axis "tp", by token over axis
