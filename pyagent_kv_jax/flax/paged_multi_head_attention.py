@@ -57,9 +57,9 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
         sliding_window: tokens a query sees in decode, itself included. None: all.
         rope: ``rope(x [batch, n, heads, head_dim], positions i32[batch, n])``, applied to q and k; in decode the cache
             knows the positions, without it they are 0, 1, ....
-        cache_options: ``block_size``, ``num_blocks`` (by default as many as all rows can fill), ``dtype`` (int8 or fp8
-            for quantised pages, with ``k_scale`` and ``v_scale``: a stored element times its scale is K or V),
-            ``kernel_block_size``, ``device``, ``memory_fraction``; see ``KVCacheConfig``.
+        cache_options: ``block_size``, ``num_blocks`` (by default as many as all rows can fill) or
+            ``memory_fraction``, ``dtype`` (int8 or fp8 for quantised pages, with ``k_scale`` and ``v_scale``: a stored
+            element times its scale is K or V), ``kernel_block_size``, ``device``; see ``KVCacheConfig``.
         cache_sharding: where on a mesh the pages lie, KV heads over one axis and tokens over another; a mesh with axes
             "tp" and "dcp" will do. None: on one device. Kernels lie where ``nnx.with_partitioning`` puts them. Call
             such a module under ``nnx.jit``.
@@ -107,8 +107,9 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
             ShapeMismatchError: not such a shape.
             ConfigError: as ``KVCacheConfig`` and ``CacheSharding``.
         """
-        if len(input_shape) < 3:
-            raise ShapeMismatchError(f"input_shape: got {tuple(input_shape)}, want (rows, tokens, features)")
+        if len(input_shape) < 3 or input_shape[-1] not in (self.in_features, self.in_kv_features):
+            want = f"(rows, tokens, {self.in_features})"
+            raise ShapeMismatchError(f"{type(self).__name__}: input_shape: got {tuple(input_shape)}, want {want}")
         *rows, most_tokens, _ = input_shape
         dtype = self.dtype or self.param_dtype if dtype is None else dtype
         self.paged_cache = nnx.Cache(

@@ -78,9 +78,9 @@ def create_private_cache(
         rows: requests it holds at once.
         most_tokens: of the longest.
         dtype: of the pages, where ``options`` name none.
-        options: of ``KVCacheConfig`` ``block_size`` (16), ``num_blocks`` (as many as all rows can fill), ``dtype``
-            (also as JAX has it), ``kernel_block_size``, ``device``, ``memory_fraction``; ``k_scale`` and ``v_scale``
-            (1) of quantised pages, of ``KVPages.with_scales``.
+        options: of ``KVCacheConfig`` ``block_size`` (16), ``num_blocks`` (as many as all rows can fill) or
+            ``memory_fraction``, ``dtype`` (also as JAX has it), ``kernel_block_size``, ``device``; ``k_scale`` and
+            ``v_scale`` (1) of quantised pages, of ``KVPages.with_scales``.
         sharding: where on a mesh. None: on one device.
 
     Raises:
@@ -95,7 +95,8 @@ def create_private_cache(
     fields: dict[str, Any] = {"block_size": 16}
     fields |= {name: value for name, value in options.items() if name in _CONFIG_OPTIONS}
     fields["dtype"] = _dtype_name(fields.get("dtype") or dtype)
-    if "num_blocks" not in fields and isinstance(fields["block_size"], int) and fields["block_size"] > 0:
+    sized = "num_blocks" in fields or "memory_fraction" in fields
+    if not sized and isinstance(fields["block_size"], int) and fields["block_size"] > 0:
         fields["num_blocks"] = rows * math.ceil(most_tokens / fields["block_size"])
     config = KVCacheConfig(
         num_layers=1,
@@ -141,12 +142,16 @@ def check_cache(owner: CacheOwner, cache: Any) -> PagedKVCache:
         owner.head_dim,
         owner.head_dim,
     )
-    fits = fits and cache.table.num_tokens.shape == (config.max_num_reqs,)
-    if isinstance(pages, KVPages):  # arrays restored into a cache of another config
+    # Arrays may have been restored into a cache of another config.
+    table, rows = cache.table, config.max_num_reqs
+    fits = fits and table.blocks.shape == (rows, config.table_config().max_num_blocks_per_req)
+    fits = fits and table.num_tokens.shape == (rows,) and cache.pool.ref_counts.shape == (config.pool_blocks,)
+    if isinstance(pages, KVPages):
         fits = fits and (pages.k_pages.shape, pages.v_pages.shape) == page_shapes(config)
     if not fits:
         raise ShapeMismatchError(
-            f"{owner.name}: got a cache of {cache_shape(cache)}, pages {list(pages.k_pages.shape)}, want one layer of "
+            f"{owner.name}: got a cache of {cache_shape(cache)}, pages {list(pages.k_pages.shape)}, table "
+            f"{list(table.blocks.shape)}, pool {list(cache.pool.ref_counts.shape)}, want one layer of "
             f"{owner.num_kv_heads} kv heads x head_dim {owner.head_dim}; {owner.remedy}"
         )
     if isinstance(pages, ShardedKVPages):

@@ -284,11 +284,20 @@ def test_a_rope_sees_one_batch_axis_and_is_trained_and_restored_with_its_module(
         np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-5)
 
 
+def test_blocks_as_many_as_a_share_of_memory_holds() -> None:
+    options = [{"memory_fraction": 1e-9}, {"memory_fraction": 1e-9, "num_blocks": 5}, {}]
+    caches = [pair("plain", cache_options=each)[1].paged_cache.get_value() for each in options]
+    assert [cache.config.num_blocks for cache in caches] == [1, 5, 24]
+
+
 def test_caches_of_another_geometry_are_refused() -> None:
     _, ours = pair("plain")
     x = jnp.ones((ROWS, 1, FEATURES))
     own = ours.paged_cache.get_value()
     other = pair("grouped")[1].paged_cache.get_value()
+    _, small = pair("plain", cache_options={"num_blocks": 5})
+    small.init_cache((ROWS, 80, FEATURES))
+    small = small.paged_cache.get_value()
     for cache, error, message in [
         (
             other,
@@ -298,8 +307,10 @@ def test_caches_of_another_geometry_are_refused() -> None:
         (
             dataclasses.replace(own, pages=other.pages),
             ShapeMismatchError,
-            r"pages \[24, 2, 16, 8\], want one layer of 6",
+            r"pages \[24, 2, 16, 8\], .* want one layer of 6",
         ),
+        (dataclasses.replace(own, pool=small.pool), ShapeMismatchError, r"pool \[5\], want one layer"),
+        (dataclasses.replace(own, table=small.table), ShapeMismatchError, r"table \[4, 5\], pool \[24\], want"),
         ({"pages": 1}, InvalidArgumentError, "got a cache of type dict, want a PagedKVCache"),
         (jax.tree.map(jnp.zeros_like, own), InvalidArgumentError, "whose pool is all zeros"),
     ]:
@@ -355,8 +366,9 @@ def test_what_decode_cannot_do_is_refused() -> None:
     ]:
         with pytest.raises(error, match=message):
             module(*arguments, **options)
-    with pytest.raises(ShapeMismatchError, match="input_shape"):
-        ours.init_cache((ROWS, FEATURES))
+    for shape in ((ROWS, FEATURES), (ROWS, LONGEST, 6, 4)):
+        with pytest.raises(ShapeMismatchError, match=r"input_shape: .* want \(rows, tokens, 24\)"):
+            ours.init_cache(shape)
     ours.attention_fn = lambda q, k, v, **_: q
     with pytest.raises(InvalidArgumentError, match="got attention_fn in decode"):
         ours(x)

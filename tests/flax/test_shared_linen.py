@@ -199,7 +199,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         ShapeMismatchError, match=r"Layer layers_0, layer 0: .*\[2, 1, 4, 8\].* all 3 tokens.* 3 rows of 32"
     ):
         model.apply({"params": params, "cache": collection}, x[:2], mutable=["cache"])
-    with pytest.raises(InvalidArgumentError, match=r"Layer layers/block: .*under nn.scan or nn.remat of a part"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"Layer layers/block: .*under nn.scan, nn.remat or nn.jit of a part"
+    ):
         ScannedCollection().apply({"params": stacked(), "cache": collection}, x, mutable=["cache"])
     with pytest.raises(InvalidArgumentError, match=r"Model: got attend\(\) without a paged cache"):
         attend(model, 0, x, x, x)

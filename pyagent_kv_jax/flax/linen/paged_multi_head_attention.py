@@ -58,9 +58,10 @@ class PagedMultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         sliding_window: tokens a query sees in decode, itself included. None: all.
         rope: ``rope(x [batch, n, heads, head_dim], positions i32[batch, n])``, applied to q and k; in decode the cache
             knows the positions, without it they are 0, 1, ....
-        cache_options: ``block_size``, ``num_blocks`` (by default as many as all rows can fill), ``dtype`` (by default
-            that of K; int8 or fp8 for quantised pages, with ``k_scale`` and ``v_scale``: a stored element times its
-            scale is K or V), ``kernel_block_size``, ``device``, ``memory_fraction``; see ``KVCacheConfig``.
+        cache_options: ``block_size``, ``num_blocks`` (by default as many as all rows can fill) or
+            ``memory_fraction``, ``dtype`` (by default that of K; int8 or fp8 for quantised pages, with ``k_scale`` and
+            ``v_scale``: a stored element times its scale is K or V), ``kernel_block_size``, ``device``; see
+            ``KVCacheConfig``.
         cache_sharding: where on a mesh the pages lie, KV heads over one axis and tokens over another; a mesh with axes
             "tp" and "dcp" will do. None: on one device. Kernels lie where ``nn.with_partitioning`` puts them.
     """

@@ -126,7 +126,7 @@ def attend(module: nn.Module, layer: ArrayLike, q: jax.Array, k: jax.Array, v: j
     if module.scope is None or not has_cache(module):
         raise InvalidArgumentError(
             f"{name}: got attend() without a paged cache, want apply_with_cache(model, variables, cache, meta, ...); "
-            f"under nn.scan or nn.remat of a part of the model see pyagent_kv_jax.flax.linen.shared_kv_cache"
+            f"under nn.scan, nn.remat or nn.jit of a part of the model see pyagent_kv_jax.flax.linen.shared_kv_cache"
         )
     root = module.scope.root
     if not root.is_mutable_collection(_COLLECTION):
