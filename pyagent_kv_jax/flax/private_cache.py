@@ -156,7 +156,9 @@ def check_cache(owner: CacheOwner, cache: Any) -> PagedKVCache:
         )
     if isinstance(pages, ShardedKVPages):
         _check_axis_types(owner)
-    if is_concrete(cache.pool) and not int(cache.pool.num_free) and not np.asarray(cache.pool.ref_counts).any():
+    # In numpy: a cache that has values may be a constant in a trace, where jax.numpy would give none.
+    pool = (cache.pool.counters, cache.pool.ref_counts)
+    if is_concrete(pool) and not any(np.asarray(array).any() for array in pool):
         raise InvalidArgumentError(
             f"{owner.name}: got a cache of {cache_shape(cache)} whose pool is all zeros, want one that was made, not "
             f"mapped to zeros; {owner.remedy}"

@@ -248,6 +248,8 @@ class Variants(chex.TestCase):
         step = self.variant(lambda variables, x: ours.apply(variables, x, mutable=["cache"]))
         (out, new), (again, same) = (step(variables, x) for _ in range(2))  # the same cache twice
         chex.assert_trees_all_equal((again, same), (out, new))
+        closed, _ = self.variant(lambda x: ours.apply(variables, x, mutable=["cache"]))(x)  # variables as constants
+        np.testing.assert_array_equal(closed, out)
         want, want_new = applied(ours)(variables, x)
         chex.assert_trees_all_close((out, new), (want, want_new), atol=1e-6)
 
