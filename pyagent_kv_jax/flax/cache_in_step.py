@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pyagent_kv_jax.arguments import integer, integers, shown
+from pyagent_kv_jax.arguments import integer, integers, shown, static_count
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.paged_kv_cache import PagedKVCache
 from pyagent_kv_jax.errors import (
@@ -41,7 +42,7 @@ class CacheInStep:
         """In the next step: see ``PagedKVCache.extend``. ``caller`` is who is named in messages.
 
         Raises:
-            InvalidArgumentError: pages without tables, or counts that are none for each row.
+            InvalidArgumentError: pages without tables, counts that are none for each row, or an order that is none.
             ShapeMismatchError: counts that are no integers.
             InvalidArgumentError, RequestTooLongError, OutOfBlocksError: (outside ``jit``) a row is refused.
         """
@@ -57,9 +58,17 @@ class CacheInStep:
                 f"where it takes no part, for {self._shape()}"
             )
         lens = integers(f"{caller}.extend: lens", lens, rows)
+        if num_tokens is not None:
+            num_tokens = static_count(f"{caller}.extend: num_tokens", num_tokens)
+        if order is not None:
+            order = jnp.asarray(integers(f"{caller}.extend: order", order, rows))
+            if is_concrete(order) and not np.array_equal(np.sort(order), np.arange(rows)):
+                raise InvalidArgumentError(f"{caller}.extend: order: got {order}, want each of 0 to {rows - 1} once")
         cache, meta = self.cache.extend(lens, num_tokens=num_tokens, order=order)
-        if is_concrete(meta.ok, lens) and not np.all(meta.ok):
-            raise self._refusal(caller, np.asarray(lens), num_tokens, int(np.argmin(meta.ok)))
+        if is_concrete(meta.ok, lens):
+            ok = np.asarray(meta.ok) & (np.asarray(cache.table.num_tokens) <= self.cache.config.max_model_len)
+            if not ok.all():
+                raise self._refusal(caller, np.asarray(lens), num_tokens, int(np.argmin(ok)))
         return dataclasses.replace(self, cache=cache, meta=meta)
 
     def attend(
@@ -68,7 +77,7 @@ class CacheInStep:
         """Store and attend: see ``KVPages.attend``; q, k and v have any leading axes whose product is the tokens.
 
         Raises:
-            InvalidArgumentError: not in a step, or no such layer.
+            InvalidArgumentError: not in a step, no such layer, or no such cache.
             ShapeMismatchError: shapes that do not fit the cache or the step.
         """
         meta = self.check(caller, layer, q, k, v)
@@ -78,6 +87,9 @@ class CacheInStep:
 
     def check(self, caller: str, layer: ArrayLike, q: jax.Array, k: jax.Array, v: jax.Array) -> AttentionMetadata:
         """The metadata of the step, if ``attend`` can be called with these. Raises as ``attend``."""
+        if not hasattr(self.cache, "attend"):
+            kind = type(self.cache).__name__
+            raise InvalidArgumentError(f"{caller}: got a cache that is {kind}, want a PagedKVCache or its pages")
         if self.meta is None:
             raise InvalidArgumentError(
                 f"{caller}: got attend() outside a step, want extend(lens) before the layers, for {self._shape()}"
@@ -99,7 +111,7 @@ class CacheInStep:
 
     def _refusal(self, caller: str, lens: np.ndarray, num_tokens: int | None, row: int) -> Exception:
         assert isinstance(self.cache, PagedKVCache)
-        held, most = int(self.cache.table.num_tokens[row]), self.cache.table.config.max_tokens_per_req
+        held, most = int(self.cache.table.num_tokens[row]), self.cache.config.max_model_len
         got = f"{caller}.extend: row {row}: got {lens[row]} tokens after {held}, want"
         if held + lens[row] > most:
             return RequestTooLongError(f"{got} at most {most} in all, for {self._shape()}")

@@ -44,9 +44,10 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
     >>> out = attention(next_tokens)                          # [4, 1, 64]
 
     The cache is an ``nnx.Cache`` variable of one pytree, ``paged_cache``: it goes through ``nnx.split``, ``nnx.jit``
-    and the rest like the variables of ``nnx.MultiHeadAttention``, and is private: each module has a table and a pool.
-    In a model of several layers give each call a handle of one ``SharedKVCache`` instead, ``cache=shared.layer(i)``,
-    with tokens laid out as its step's, one row after another:
+    and the rest like the variables of ``nnx.MultiHeadAttention``, and is private: each module has a table and a pool,
+    and ``nnx.scan`` over layers copies all their pages each step. In a model of several layers give each call a handle
+    of one ``SharedKVCache`` instead, ``cache=shared.layer(i)``, with tokens laid out as its step's, one row after
+    another:
 
     >>> meta = shared.extend(lens, num_tokens=16)                   # once a step
     >>> x = x + attention(x, cache=shared.layer(3))                 # each layer; x [1, 16, 64]

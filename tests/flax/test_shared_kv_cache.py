@@ -316,7 +316,18 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         after = "" if message.startswith("lens: ") else rf".*{sizes}"
         with pytest.raises(error, match=rf"SharedKVCache.extend: .*{message}{after}"):
             shared.extend(np.array(lens), num_tokens)
+    for options, message in [
+        ({"num_tokens": -1}, "num_tokens: got -1"),
+        ({"order": np.array([0, 0, 1])}, r"order: got \[0 0 1\], want each of 0 to 2 once"),
+    ]:
+        with pytest.raises(InvalidArgumentError, match=f"SharedKVCache.extend: {message}"):
+            shared.extend(np.array([1, 0, 0]), **options)
     assert shared.meta is None
+    short = SharedKVCache(PagedKVCache.create(dataclasses.replace(CONFIG, max_model_len=10)))
+    with pytest.raises(RequestTooLongError, match="row 1: got 11 tokens after 0, want at most 10 in all"):
+        short.extend(np.array([10, 11, 0]), num_tokens=21)  # for whose last token its last block has room
+    with pytest.raises(InvalidArgumentError, match="SharedKVCache: got a cache that is NoneType, want a PagedKVCache"):
+        SharedKVCache(None).attend(0, q, kv, kv)
     pages = SharedKVCache(shared.cache.pages)
     with pytest.raises(InvalidArgumentError, match="a cache that is KVPages, want a PagedKVCache"):
         pages.extend(np.array([1, 1, 1]))
