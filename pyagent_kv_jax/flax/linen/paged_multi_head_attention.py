@@ -48,8 +48,8 @@ class PagedMultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     and orbax like any other; mapped to zeros it is no cache, so keep the one that ``init`` made to begin again.
 
     The cache is private: each module has a table and a pool, and ``nn.scan`` over layers copies all their pages each
-    step. For a whole model share one ``PagedKVCache`` instead, see ``attend``. A model whose layers Linen names takes ``MultiHeadDotProductAttention`` of this package, which is named
-    like Linen's.
+    step. For a whole model share one ``PagedKVCache`` instead, see ``attend``. A model whose layers Linen names takes
+    ``MultiHeadDotProductAttention`` of this package, which is named like Linen's.
 
     Besides the fields of ``nn.MultiHeadDotProductAttention``:
 
