@@ -30,6 +30,18 @@ def integer(name: str, value: ArrayLike) -> Any:
     return np.int32(array)
 
 
+def layer_index(layer: ArrayLike, num_layers: int, name: str = "layer") -> Any:
+    """``layer`` as np.int32, or as it is when traced.
+
+    Raises:
+        InvalidArgumentError: not one integer; or not traced, and not one of 0 to ``num_layers - 1``.
+    """
+    index = integer(name, layer)
+    if is_concrete(index) and not 0 <= index < num_layers:
+        raise InvalidArgumentError(f"{name}: got {index}, want 0 to {num_layers - 1}")
+    return index
+
+
 def integers(name: str, values: ArrayLike, length: int | None = None) -> Any:
     """``values`` as i32[n]: on the host, or on a device where they already are. An empty list is one of integers.
 

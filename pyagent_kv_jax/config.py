@@ -56,6 +56,18 @@ class DType(StrEnum):
     INT8 = "int8"
     FP8 = "fp8"
 
+    @classmethod
+    def _missing_(cls, value: Any) -> DType:
+        """``DType(jnp.bfloat16)``, ``DType("float8_e4m3fn")``: by JAX's own names."""
+        try:
+            name = jnp.dtype(value).name
+        except TypeError:
+            name = ""
+        name = {"float8_e4m3fn": "fp8"}.get(name, name)
+        if name not in list(cls):
+            raise ConfigError(f"dtype: got {value!r}, want one of {[kind.value for kind in cls]}")
+        return cls(name)
+
     @property
     def jax_dtype(self) -> Any:
         """The logical element type, e.g. ``jnp.float8_e4m3fn`` for ``FP8``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pyagent_kv_jax import (
@@ -97,3 +98,12 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     with pytest.raises(DeviceUnavailableError, match="JAX_PLATFORMS='cpu'"):
         DeviceType.TPU.devices()
+
+
+def test_dtypes_are_known_by_jaxs_names_and_others_are_refused():
+    assert DType(jnp.bfloat16) is DType("bfloat16") is DType.BFLOAT16
+    assert DType(jnp.float8_e4m3fn) is DType("float8_e4m3fn") is DType.FP8
+    assert dataclasses.replace(LLAMA_3_8B, dtype=np.dtype("int8")).dtype is DType.INT8
+    for wrong in ("float17", jnp.float64, 3):
+        with pytest.raises(ConfigError, match=r"want one of .*'bfloat16'"):
+            dataclasses.replace(LLAMA_3_8B, dtype=wrong)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from pyagent_kv_jax.arguments import integer
+from pyagent_kv_jax.arguments import integer, layer_index
 from pyagent_kv_jax.cache.block_views import KVCacheBlock
 from pyagent_kv_jax.config import BlockAllocationStrategy, KVCacheConfig
 from pyagent_kv_jax.errors import DoubleFreeError, InvalidArgumentError, InvalidBlockError
@@ -160,11 +160,8 @@ class KVCacheAllocator:
         )
 
     def _group_of(self, layer_idx: int) -> int:
-        layer = int(integer("layer_idx", layer_idx))
-        for index, group in enumerate(self.config.groups):
-            if layer in group.layers:
-                return index
-        raise InvalidArgumentError(f"layer_idx: got {layer}, want 0 to {self.config.num_layers - 1}")
+        layer = layer_index(layer_idx, self.config.num_layers, "layer_idx")
+        return next(g for g, group in enumerate(self.config.groups) if layer in group.layers)
 
     def _check_held(self, blocks: list[KVCacheBlock], error: type[InvalidBlockError]) -> None:
         """Every block has, in its pool, as many references as it is named here; before anything changes."""

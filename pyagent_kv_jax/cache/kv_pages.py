@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import CompressedSlotMapping, paged_attention, paged_copy, paged_gather, paged_write
 from pallas_kernels.page_ids import nowhere_if_invalid, report_out_of_range
+from pyagent_kv_jax.arguments import layer_index
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.config import DeviceType, KVCacheConfig
 from pyagent_kv_jax.errors import ConfigError, ShapeMismatchError
@@ -91,6 +92,7 @@ class KVPages:
         slots = expanded_slots(slot_mapping, k.shape[0])
         self._check_tokens(k, v, slots)
         config = self.config
+        layer = layer_index(layer, config.num_layers)
         first = self._span_index(layer) * (config.pages_per_layer * config.page_size)
         slots = _within(slots, config.pool_blocks * config.block_size, first, "slot_mapping")
         k_pages, v_pages = paged_write(
@@ -179,7 +181,7 @@ class KVPages:
             (out [T, q_heads, v_head_dim] of q's dtype, lse f32[T, q_heads], the new pages): the rank's partial
             attention, 0 and -inf for queries that see nothing here.
         """
-        config = self.config
+        config, layer = self.config, layer_index(layer, self.config.num_layers)
         if q.ndim != 3 or q.shape[-1] != config.head_dim or q.shape[1] % config.num_heads:
             raise ShapeMismatchError(
                 f"q: got shape {q.shape}, want [tokens, a multiple of {config.num_heads} heads, {config.head_dim}]"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pyagent_kv_jax.arguments import integer, shown
+from pyagent_kv_jax.arguments import integer, integers, layer_index, shown
 from pyagent_kv_jax.cache.allocation import extend_rows, free_rows, step_metadata
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.block_size_change import change_block_size
@@ -22,6 +22,7 @@ from pyagent_kv_jax.errors import (
     InvalidArgumentError,
     OutOfBlocksError,
     RequestTooLongError,
+    ShapeMismatchError,
     UnknownRequestError,
     is_concrete,
     require,
@@ -93,7 +94,7 @@ class PagedKVCache:
             its tokens keep their place in the batch, but are written nowhere and attend to nothing. A count that is
             negative, above one in decode layout, or past ``num_tokens`` is refused.
         """
-        lens = jnp.asarray(lens, jnp.int32)
+        lens = jnp.asarray(integers("lens", lens))
         rows = jnp.arange(self.config.max_num_reqs, dtype=jnp.int32)
         if lens.shape != rows.shape:
             raise InvalidArgumentError(f"lens: got shape {lens.shape}, want {rows.shape}, one count a row")
@@ -117,7 +118,7 @@ class PagedKVCache:
         """Store K and V of one layer, then attend, causally, over all that each row holds.
 
         Args:
-            layer: i32[], 0 to ``config.num_layers - 1``; may be traced. Another stores nothing and gives zeros.
+            layer: i32[], 0 to ``config.num_layers - 1``; may be traced. Traced, another stores nothing and gives zeros.
             q: [T, q_heads, head_dim], the tokens of all rows as ``extend`` laid them out: no batch axis. After rope, by
                 ``meta.positions``.
             k: [T, kv_heads, head_dim], after rope; not repeated for grouped heads.
@@ -144,9 +145,16 @@ class PagedKVCache:
 
         Returns:
             (cache, ok bool[R]); a row for whose blocks ``capacity`` has no room left is refused and keeps them.
+
+        Raises:
+            ShapeMismatchError: not such a mask.
         """
+        mask = jnp.asarray(rows)
+        if mask.dtype != jnp.bool_ or mask.shape != (self.config.max_num_reqs,):
+            got = f"{mask.dtype}{list(mask.shape)}"
+            raise ShapeMismatchError(f"rows: got {got}, want a mask, bool[{self.config.max_num_reqs}]")
         limit = self.config.pool_blocks if capacity is None else capacity
-        pool, table, ok = free_rows(self.pool, self.table, rows, capacity=limit)
+        pool, table, ok = free_rows(self.pool, self.table, mask, capacity=limit)
         return dataclasses.replace(self, pool=pool, table=table), ok
 
     # -- block sizes -------------------------------------------------------------------------------------------
@@ -234,8 +242,7 @@ class PagedKVCache:
             UnknownRequestError: no such row.
             InvalidArgumentError: no such layer.
         """
-        if not 0 <= layer_idx < self.config.num_layers:
-            raise InvalidArgumentError(f"layer_idx: got {layer_idx}, want 0 to {self.config.num_layers - 1}")
+        layer_index(layer_idx, self.config.num_layers, "layer_idx")
         return self.table.get_row(self._checked_row(request_id))
 
     def usage(self) -> jax.Array:

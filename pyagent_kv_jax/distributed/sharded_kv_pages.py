@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from pallas_kernels import CompressedSlotMapping
+from pyagent_kv_jax.arguments import layer_index
 from pyagent_kv_jax.cache.attention_metadata import AttentionMetadata
 from pyagent_kv_jax.cache.kv_pages import KVPages, expanded_slots, page_shapes
 from pyagent_kv_jax.cache.paged_kv_cache import PagedKVCache
@@ -114,7 +115,7 @@ class ShardedKVPages:
 
         out, lse, k_pages, v_pages = self._on_ranks(
             attend,
-            (jnp.asarray(layer, jnp.int32), q, *self._stored_heads(k, v), meta, sinks, arrays),
+            (self._layer(layer), q, *self._stored_heads(k, v), meta, sinks, arrays),
             (P(), heads, _over_heads(sharding), _over_heads(sharding), P(), P(sharding.tensor_axis), P()),
             (heads, heads, sharding.page_spec(), sharding.page_spec()),
         )
@@ -137,7 +138,7 @@ class ShardedKVPages:
         return self._with(
             self._on_ranks(
                 write,
-                (jnp.asarray(layer, jnp.int32), *self._stored_heads(k, v), slot_mapping),
+                (self._layer(layer), *self._stored_heads(k, v), slot_mapping),
                 specs,
                 (sharding.page_spec(),) * 2,
             )
@@ -226,6 +227,9 @@ class ShardedKVPages:
 
     def _with(self, arrays: tuple[jax.Array, jax.Array]) -> Self:
         return dataclasses.replace(self, k_pages=arrays[0], v_pages=arrays[1])
+
+    def _layer(self, layer: ArrayLike) -> jax.Array:
+        return jnp.asarray(layer_index(layer, self.config.num_layers), jnp.int32)
 
     def _stored_heads(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         copies = self.sharding.head_copies(self.config.num_heads)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 
-from pyagent_kv_jax.arguments import integer
+from pyagent_kv_jax.arguments import integer, layer_index
 from pyagent_kv_jax.cache.block_views import BlockInfo, KVCacheBlocks
 from pyagent_kv_jax.config import KVCacheConfig
 from pyagent_kv_jax.errors import (
-    InvalidArgumentError,
     InvalidBlockError,
     UnknownRequestError,
 )
@@ -173,7 +172,5 @@ class ManagerViews(ShowsItself):
             self._state.check_invariants()
 
     def _group_of(self, layer_idx: int) -> int:
-        layer = int(integer("layer_idx", layer_idx))
-        if not 0 <= layer < self.config.num_layers:
-            raise InvalidArgumentError(f"layer_idx: got {layer}, want 0 to {self.config.num_layers - 1}")
+        layer = layer_index(layer_idx, self.config.num_layers, "layer_idx")
         return next(g for g, group in enumerate(self.config.groups) if layer in group.layers)

@@ -93,6 +93,9 @@ def memory_over_time(
     """
     if unit not in ("blocks", "tokens", "bytes"):
         raise InvalidArgumentError(f"unit: got {unit!r}, want 'blocks', 'tokens' or 'bytes'")
+    if not isinstance(history, MemoryHistory):
+        got = type(history).__name__
+        raise InvalidArgumentError(f"history: got {got}, want a MemoryHistory: history() of a MemoryRecorder")
     steps = len(history.held)
     if not steps:
         raise InvalidArgumentError("history: got no steps, want at least one")

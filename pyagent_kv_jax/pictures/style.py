@@ -50,7 +50,7 @@ class Picture(Figure):
 
     def _repr_png_(self) -> bytes:
         data = io.BytesIO()
-        self.savefig(data, format="png", dpi=DOTS_PER_INCH)
+        self.savefig(data, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.08)
         return data.getvalue()
 
 

@@ -21,7 +21,7 @@ from pyagent_kv_jax.manager.step_plan import StepPlan
 from pyagent_kv_jax.models.sharding import shard_model
 from pyagent_kv_jax.serving.cache_backend import CacheBackend
 from pyagent_kv_jax.serving.compiled_step import CompiledStep, StepOutput, split_model
-from pyagent_kv_jax.serving.request import Request
+from pyagent_kv_jax.serving.request import Request, flat_tokens
 from pyagent_kv_jax.serving.sampling import SamplingArrays, SamplingParams, sample_seed
 from pyagent_kv_jax.serving.scheduler import NewToken, Outcome, Schedule, Scheduler, SchedulerConfig
 from pyagent_kv_jax.serving.tables_on_device import TablesOnDevice
@@ -171,16 +171,7 @@ class Engine:
             self.backend.add_request(request.request_id, request.prompt)
 
     def _checked_tokens(self, prompt: Sequence[int]) -> np.ndarray:
-        if isinstance(prompt, str):
-            raise InvalidArgumentError(f"prompt: got the text {prompt[:40]!r}, want token ids")
-        try:
-            tokens = np.asarray(prompt)
-        except ValueError as error:  # ragged nesting
-            raise InvalidArgumentError(f"prompt: got {prompt!r}, want a flat sequence of token ids") from error
-        if tokens.ndim != 1 or not (tokens.size == 0 or np.issubdtype(tokens.dtype, np.integer)):
-            raise InvalidArgumentError(
-                f"prompt: got {tokens.dtype} of shape {tokens.shape}, want a flat sequence of integer token ids"
-            )
+        tokens = flat_tokens(prompt)
         limit = np.iinfo(np.int32).max if self._vocab_size is None else self._vocab_size
         wrong = tokens[(tokens < 0) | (tokens >= limit)]
         if wrong.size:

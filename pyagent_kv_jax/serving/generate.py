@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -23,12 +23,13 @@ from pyagent_kv_jax.manager.options import ManagerOptions
 from pyagent_kv_jax.models.sharding import shard_model
 from pyagent_kv_jax.serving.cache_backend import CacheBackend
 from pyagent_kv_jax.serving.engine import Engine, EngineConfig
-from pyagent_kv_jax.serving.request import FinishReason, Request
+from pyagent_kv_jax.serving.request import FinishReason, Request, flat_tokens
 from pyagent_kv_jax.serving.sampling import GREEDY, SamplingParams
 from pyagent_kv_jax.serving.several_hosts import Told, ToldStep, check_same_call, follow, lead, spans_processes
 
 TokenCallback = Callable[[int, int], Any]
 _NO_MESH = Mesh(np.empty((), object), ())
+_MAX_NUM_SEQS = 64
 _STEPS_AHEAD = 16  # of decode, that blocks are reserved for; see benchmarks/prediction.py
 
 
@@ -59,7 +60,7 @@ def generate(
     cache_config: KVCacheConfig | None = None,
     backend: CacheBackend | None = None,
     mesh: Mesh | CacheSharding | None = None,
-    max_num_seqs: int = 64,
+    max_num_seqs: int | None = None,
     token_budget: int = 256,
     on_token: TokenCallback | None = None,
     progress: bool = False,
@@ -83,7 +84,7 @@ def generate(
             its choices. None: one device, or where ``backend`` is. Where the devices are of several processes
             (``jax.distributed``), all of them make the same call and get the same answers; process 0 decides what runs
             when, and alone calls ``on_token``.
-        max_num_seqs: requests running at once.
+        max_num_seqs: requests running at once. None: 64, or as many as the cache given has rows if those are fewer.
         token_budget: tokens computed in one step that does prefill; longer prompts are computed in chunks.
         on_token: ``on_token(index of answer, token id)`` after each token, in the order of generation. The answers to
             the first prompt come first, then those to the second, ...: with one answer each, it is the prompt's index.
@@ -100,9 +101,15 @@ def generate(
     """
     if backend is not None and (cache_config is not None or mesh is not None):
         raise InvalidArgumentError("got a backend and also cache_config or mesh, want the one or the others")
+    prompts = list(prompts)
+    for prompt in prompts:
+        flat_tokens(prompt)
     params = one_each(sampling, len(prompts))
     if not prompts:
         return []
+    if max_num_seqs is None:
+        given = cache_config if backend is None else backend.config
+        max_num_seqs = _MAX_NUM_SEQS if given is None else min(_MAX_NUM_SEQS, given.max_num_reqs)
     with _without_mesh():
         return _generate(
             model,
@@ -189,9 +196,10 @@ def one_each(sampling: SamplingParams | Sequence[SamplingParams], count: int) ->
     """
     if isinstance(sampling, SamplingParams):
         return [sampling] * count
-    params = list(sampling)
+    params = list(sampling) if isinstance(sampling, Iterable) else [sampling]
     if len(params) != count or not all(isinstance(each, SamplingParams) for each in params):
-        raise InvalidArgumentError(f"sampling: got {len(params)} entries, want one SamplingParams for {count} prompts")
+        got = f"{len(params)} entries, of {sorted({type(each).__name__ for each in params})}"
+        raise InvalidArgumentError(f"sampling: got {got}, want one SamplingParams, or one for each of {count} prompts")
     return params
 
 
@@ -208,8 +216,14 @@ def fitting_cache_config(
         **overrides: fields of ``KVCacheConfig`` that are given.
 
     Raises:
+        InvalidArgumentError: a ``model`` that does not tell.
         ConfigError: as ``KVCacheConfig``.
     """
+    if not hasattr(getattr(model, "config", None), "kv_cache_config"):
+        raise InvalidArgumentError(
+            f"model: got {type(model).__name__} without config.kv_cache_config, want a cache_config with the sizes of "
+            f"its cache: KVCacheConfig(num_layers=..., num_heads=..., head_dim=..., num_blocks=...)"
+        )
     sizes = {"max_num_reqs": max_num_seqs, **overrides}
     if sharding is not None:
         sizes = {"block_size": 16 * sharding.context_size, **sizes}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from pyagent_kv_jax.errors import InvalidArgumentError
 from pyagent_kv_jax.serving.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
@@ -90,3 +91,22 @@ class Request:
             self.finish_reason = "stop"
         elif len(self.output) == self.sampling.max_tokens:
             self.finish_reason = "length"
+
+
+def flat_tokens(prompt: Any) -> np.ndarray:
+    """A prompt's token ids as integers [n].
+
+    Raises:
+        InvalidArgumentError: no flat sequence of integers: a text, several prompts in one, a lone token.
+    """
+    if isinstance(prompt, str):
+        raise InvalidArgumentError(f"prompt: got the text {prompt[:40]!r}, want token ids")
+    try:
+        tokens = np.asarray(prompt)
+    except ValueError as error:  # ragged nesting
+        raise InvalidArgumentError(f"prompt: got {prompt!r}, want a flat sequence of token ids") from error
+    if tokens.ndim != 1 or not (tokens.size == 0 or np.issubdtype(tokens.dtype, np.integer)):
+        raise InvalidArgumentError(
+            f"prompt: got {tokens.dtype} of shape {tokens.shape}, want a flat sequence of integer token ids"
+        )
+    return tokens

@@ -325,3 +325,19 @@ def test_a_compressed_slot_mapping_is_taken_as_it_is(kernel_block_size: int | No
     chex.assert_trees_all_equal(
         attend(cache, meta), attend(cache, dataclasses.replace(meta, slot_mapping=mapping).cut(ROWS, 18))
     )
+
+
+def test_what_is_no_layer_no_mask_and_no_count_is_refused() -> None:
+    cache, meta = PagedKVCache.create(CONFIG).extend(jnp.array([1, 0, 1]))
+    q, k = jnp.ones((ROWS, Q_HEADS, DIM)), jnp.ones((ROWS, KV_HEADS, DIM))
+    for layer in (LAYERS, -1, np.int64(7)):
+        with pytest.raises(InvalidArgumentError, match=f"layer: got {layer}, want 0 to {LAYERS - 1}"):
+            cache.attend(layer, q, k, k, meta)
+        with pytest.raises(InvalidArgumentError, match="want 0 to"):
+            jax.jit(lambda cache, layer=layer: cache.write(layer, k, k, meta.slot_mapping))(cache)
+    for rows in (jnp.array([1]), jnp.arange(ROWS), [True] * (ROWS - 1)):
+        with pytest.raises(ShapeMismatchError, match=f"want a mask, bool\\[{ROWS}\\]"):
+            cache.free_rows(rows)
+    with pytest.raises(ShapeMismatchError, match="want int32"):
+        cache.extend(jnp.array([1.9, 0.5, 1.0]))
+    assert cache.free_rows([True, False, True])[0].table.num_tokens.tolist() == [0, 0, 0]

@@ -81,6 +81,8 @@ def test_recorder_counts_what_is_there():
     assert of_cache.history().tokens.tolist() == [17]
     with pytest.raises(InvalidArgumentError, match="got int"):
         recorder.record(3)
+    with pytest.raises(InvalidArgumentError, match=r"got MemoryRecorder, want .*history\(\)"):
+        memory_over_time(recorder)
     with pytest.raises(InvalidArgumentError, match="no steps"):
         memory_over_time(MemoryRecorder().history())
     with pytest.raises(InvalidArgumentError, match="'pages'"):

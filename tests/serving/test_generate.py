@@ -306,6 +306,21 @@ def test_generate_makes_its_own_cache():
         generate(small_model(), prompts, backend=dense_manager(), cache_config=CONFIG.kv_cache_config(num_blocks=4))
     with pytest.raises(InvalidArgumentError, match="max_num_reqs"):
         generate(small_model(), prompts, backend=dense_manager(4), max_num_seqs=8)
+    for wrong in ([1, 2, 3], "text", [[[1, 2], [3, 4]]]):
+        with pytest.raises(InvalidArgumentError, match=r"want .*token ids"):
+            generate(small_model(), wrong)
+    with pytest.raises(InvalidArgumentError, match=r"of \['str'\], want one SamplingParams"):
+        generate(small_model(), prompts, sampling={"max_tokens": 4})
+    with pytest.raises(InvalidArgumentError, match="want a cache_config"):
+        generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), prompts)
+
+
+def test_no_more_requests_run_at_once_than_the_cache_given_has_rows():
+    config = CONFIG.kv_cache_config(num_blocks=64, max_num_reqs=3, max_model_len=64)
+    results = generate(
+        small_model(), ragged_prompts(5, longest=9), sampling=SamplingParams(max_tokens=2), cache_config=config
+    )
+    assert [len(result.token_ids) for result in results] == [2] * 5
 
 
 def test_pages_are_donated_and_written_in_place(paged_engine):
