@@ -92,7 +92,7 @@ class PagedKVCache:
         Returns:
             (cache, metadata). ``metadata.ok`` bool[R] says which rows were served. A refused row keeps what it had;
             its tokens keep their place in the batch, but are written nowhere and attend to nothing. A count that is
-            negative, above one in decode layout, or past ``num_tokens`` is refused.
+            negative, above one in decode layout, past ``num_tokens``, or past ``config.max_model_len`` is refused.
         """
         lens = jnp.asarray(integers("lens", lens))
         rows = jnp.arange(self.config.max_num_reqs, dtype=jnp.int32)
@@ -103,6 +103,7 @@ class PagedKVCache:
         else:
             possible = jnp.cumsum(jnp.maximum(lens, 0)) <= num_tokens
             capacity = rows.size + num_tokens // self.config.block_size
+        possible &= lens <= self.config.max_model_len - self.table.num_tokens
         wanted = jnp.where(possible, lens, -1)
         pool, table, ok = extend_rows(self.pool, self.table, wanted, capacity=capacity, order=order)
         metadata = step_metadata(table, rows, jnp.maximum(lens, 0), ok, num_tokens)

@@ -105,7 +105,7 @@ class CacheInStep:
             raise ShapeMismatchError(
                 f"{caller}, layer {shown(index)}: got q, k, v of shapes {[list(x.shape) for x in (q, k, v)]}, want "
                 f"[..., a multiple of {heads}, {dim}], [..., {heads}, {dim}], [..., {heads}, {v_dim}] where ... are "
-                f"the same axes, of in all {num_tokens} tokens, as extend() was told, for {self._shape()}"
+                f"the same axes and {num_tokens} tokens in all, as extend() was told, for {self._shape()}"
             )
         return self.meta
 

@@ -94,7 +94,7 @@ def create_private_cache(
         )
     fields: dict[str, Any] = {"block_size": 16}
     fields |= {name: value for name, value in options.items() if name in _CONFIG_OPTIONS}
-    fields["dtype"] = _dtype_name(fields.get("dtype") or dtype)
+    fields["dtype"] = DType(fields.get("dtype") or dtype)
     sized = "num_blocks" in fields or "memory_fraction" in fields
     if not sized and isinstance(fields["block_size"], int) and fields["block_size"] > 0:
         fields["num_blocks"] = rows * math.ceil(most_tokens / fields["block_size"])
@@ -260,15 +260,6 @@ def _static(value: Any) -> Any:
         return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
     return as_tuples(np.asarray(value).tolist()) if isinstance(value, (list, np.ndarray, jax.Array)) else value
-
-
-def _dtype_name(dtype: Any) -> str:
-    """As ``DType`` has it."""
-    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-    name = {"float8_e4m3fn": "fp8"}.get(name, name)
-    if name not in list(DType):
-        raise ConfigError(f"dtype of the pages: got {name!r}, want one of {[kind.value for kind in DType]}")
-    return name
 
 
 def _check_axis_types(owner: CacheOwner) -> None:

@@ -341,3 +341,14 @@ def test_what_is_no_layer_no_mask_and_no_count_is_refused() -> None:
     with pytest.raises(ShapeMismatchError, match="want int32"):
         cache.extend(jnp.array([1.9, 0.5, 1.0]))
     assert cache.free_rows([True, False, True])[0].table.num_tokens.tolist() == [0, 0, 0]
+
+
+def test_a_row_is_refused_past_max_model_len_though_its_last_block_has_room() -> None:
+    config = dataclasses.replace(CONFIG, max_model_len=6)
+    cache, meta = jax.jit(lambda cache, lens: cache.extend(lens, num_tokens=16))(
+        PagedKVCache.create(config), jnp.array([6, 7, 3])
+    )
+    assert meta.ok.tolist() == [True, False, True]
+    cache, meta = jax.jit(PagedKVCache.extend)(cache, jnp.array([1, 1, 1]))
+    assert meta.ok.tolist() == [False, True, True]
+    assert cache.table.num_tokens.tolist() == [6, 1, 4]

@@ -335,7 +335,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     shared.extend(np.array([2, 0, 3]), num_tokens=5)
     for layer, arrays, error, message in [
         (2, (q, kv, kv), InvalidArgumentError, "got layer 2, want 0 to 1"),
-        (1, (q[:, :4], kv[:, :4], kv[:, :4]), ShapeMismatchError, r"layer 1: .*\[1, 4, 4, 8\].* in all 5 tokens"),
+        (1, (q[:, :4], kv[:, :4], kv[:, :4]), ShapeMismatchError, r"layer 1: .*\[1, 4, 4, 8\].* 5 tokens in all"),
         (1, (q[0], kv, kv), ShapeMismatchError, "layer 1"),
         (1, (q[:, :, :3], kv, kv), ShapeMismatchError, "a multiple of 2, 8"),
         (1, (q, kv[:, :, :1], kv), ShapeMismatchError, "layer 1"),

@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(InvalidArgumentError, match=r'Layer layers_0: .* cannot be written, want .*mutable=\["cache"\]'):
         model.apply({"params": params, "cache": collection}, x)
     with pytest.raises(
-        ShapeMismatchError, match=r"Layer layers_0, layer 0: .*\[2, 1, 4, 8\].* all 3 tokens.* 3 rows of 32"
+        ShapeMismatchError, match=r"Layer layers_0, layer 0: .*\[2, 1, 4, 8\].* 3 tokens in all.* 3 rows of 32"
     ):
         model.apply({"params": params, "cache": collection}, x[:2], mutable=["cache"])
     with pytest.raises(
