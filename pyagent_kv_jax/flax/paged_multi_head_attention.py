@@ -145,12 +145,13 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
 
         Returns:
             [batch, n, out_features]. In decode, padding gives what the output projection makes of zeros, and a row for
-            which there were no blocks left gives NaN, and keeps what it had.
+            which there were no blocks left gives NaN (under ``jit``), and keeps what it had.
 
         Raises:
             ShapeMismatchError: inputs that do not fit the cache, or a cache that does not fit the module.
             InvalidArgumentError: no cache, a shared one that is in no step, or an option that decode cannot honour.
-            RequestTooLongError: (outside ``jit``; inside, the row gives NaN) a row that outgrows the cache.
+            RequestTooLongError, OutOfBlocksError: (outside ``jit``; inside, the row gives NaN) a row that outgrows the
+                cache, or for which there are no blocks left.
         """
         if cache is not None:
             if decode is False or lengths is not None:
@@ -169,7 +170,7 @@ class PagedMultiHeadAttention(nnx.MultiHeadAttention):
         own = self._checked_cache()
         counts = checked_counts(self._owner, own, (inputs_q, inputs_k, inputs_v), lengths)
         q, k, v = self._projected(inputs_q, inputs_k, inputs_v, options.get("qkv_sharding"))
-        out, own = attend_padded(own, q, k, v, counts, rope=self.rope, sliding_window=self.sliding_window)
+        out, own = attend_padded(self._owner, own, q, k, v, counts, rope=self.rope, sliding_window=self.sliding_window)
         assert self.paged_cache is not None
         self.paged_cache.set_value(own)
         return self.out(out, out_sharding=options.get("out_sharding"))

@@ -26,6 +26,7 @@ from pyagent_kv_jax.distributed.sharded_kv_pages import ShardedKVPages, sharded_
 from pyagent_kv_jax.errors import (
     ConfigError,
     InvalidArgumentError,
+    OutOfBlocksError,
     RequestTooLongError,
     ShapeMismatchError,
     is_concrete,
@@ -201,6 +202,7 @@ def checked_counts(
 
 
 def attend_padded(
+    owner: CacheOwner,
     cache: PagedKVCache,
     q: jax.Array,
     k: jax.Array,
@@ -213,6 +215,7 @@ def attend_padded(
     """Take each row's tokens into the cache, and attend with them to all that the row holds.
 
     Args:
+        owner: of the cache.
         cache: of R rows.
         q: [..., n, heads, head_dim]; the leading axes are R rows in all.
         k: [..., n, kv_heads, head_dim].
@@ -222,8 +225,11 @@ def attend_padded(
         sliding_window: tokens a query sees, itself included. None: all.
 
     Returns:
-        (out of q's shape, cache). 0 for padding; a row that was refused (no blocks left, more tokens than the cache is
-        for, a count that is not 0 to n) is NaN, and keeps what it had.
+        (out of q's shape, cache). 0 for padding; under ``jit`` a row that was refused (no blocks left, more tokens
+        than the cache is for, a count that is not 0 to n) is NaN, and keeps what it had.
+
+    Raises:
+        OutOfBlocksError: (outside ``jit``) a row for which there are no blocks left.
     """
     shape, (n, *_), rows = q.shape, q.shape[-3:], cache.config.max_num_reqs
     q, k, v = (x.reshape(rows, n, *x.shape[-2:]) for x in (q, k, v))
@@ -231,8 +237,14 @@ def attend_padded(
     if rope is not None:
         positions = held[:, None] + jnp.arange(n, dtype=jnp.int32)
         q, k = rope(q, positions), rope(k, positions)
-    possible = (counts <= n) & (held + counts <= cache.config.max_model_len)
-    cache, meta = cache.extend(jnp.where(possible, counts, -1), num_tokens=None if n == 1 else rows * n)
+    before = cache
+    cache, meta = cache.extend(jnp.where(counts <= n, counts, -1), num_tokens=None if n == 1 else rows * n)
+    if is_concrete(meta.ok, counts, held) and not np.all(meta.ok):
+        row, free = int(np.argmin(meta.ok)), int(before.get_num_free_blocks())
+        raise OutOfBlocksError(
+            f"{owner.name}: row {row}: got {counts[row]} tokens after {held[row]}, want what fits into {free} free "
+            f"blocks of its cache of {cache_shape(before)}; cache_options' num_blocks makes it larger"
+        )
     tokens = PaddedRows.of(meta.query_start_loc, rows, n)
     q, k, v = (tokens.ragged(x) for x in (q, k, v))
     out, cache = cache.attend(0, q, k, v, meta, sliding_window=sliding_window)

@@ -151,9 +151,12 @@ def _mark(owners: BlockOwners, block: int) -> str:
 
 def _write_marks(ax: Axes, owners: BlockOwners, grid: _Grid) -> None:
     """In each cell that has room; else in the middle of each run of alike cells that has."""
-    size = min(max(grid.cell * 0.34, 5.5), 13.0)
+    largest = min(max(grid.cell * 0.34, 5.5), 13.0)
     for first, end in _runs(owners, grid):
         mark = _mark(owners, first)
+        bold = owners.references[first] > 1
+        inside = (grid.cell - 6) / (len(mark) * _POINTS_A_LETTER * (1.15 if bold else 1.0))  # the frame is thick
+        size = min(largest, max(inside, 5.5))
         needed = len(mark) * _POINTS_A_LETTER * size
         each = grid.cell > max(needed, 1.25 * size) and (end - first == 1 or grid.cell > 15)
         if not each and (grid.cell * (end - first) < needed + 2 or grid.cell < 0.75 * size):
@@ -162,9 +165,9 @@ def _write_marks(ax: Axes, owners: BlockOwners, grid: _Grid) -> None:
             middle = 0.5 if each else (end - first) / 2 - (end - first) // 2
             x, y = block % grid.columns + middle, block // grid.columns + 0.52
             ink = style.ink_on(_seen_color(owners, block))
-            bold = "bold" if owners.references[block] > 1 else "normal"
+            weight = "bold" if bold else "normal"
             text = ax.text(
-                x, y, mark, ha="center", va="center", fontsize=size, color=ink, fontweight=bold, clip_on=True
+                x, y, mark, ha="center", va="center", fontsize=size, color=ink, fontweight=weight, clip_on=True
             )
             if 0.2 < owners.tokens[block] / (owners.block_size or 1) < 0.8 and owners.owner[block] >= 0:
                 text.set(color=style.INK, path_effects=[withStroke(linewidth=2, foreground="white")])

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import serialization
 from flax.core import FrozenDict
 
-from pyagent_kv_jax import ConfigError, InvalidArgumentError, RequestTooLongError, ShapeMismatchError
+from pyagent_kv_jax import ConfigError, InvalidArgumentError, OutOfBlocksError, RequestTooLongError, ShapeMismatchError
 from pyagent_kv_jax.flax import linen as paged
 from pyagent_kv_jax.models.rope import RopeConfig, rotary_table, rotate
 from tests.flax import numpy_attention
@@ -262,3 +262,5 @@ def test_rows_that_cannot_be_served_give_nan_under_jit() -> None:
     assert jnp.isnan(out).any(axis=(1, 2)).tolist() == [False, False, False, True]
     held = [c["paged_cache"].table.num_tokens.tolist() for c in new["cache"].values()]
     assert held[0] == [1, 1, 1, 0]
+    with pytest.raises(OutOfBlocksError, match="row 3: got 1 tokens after 0, want what fits into 3 free blocks"):
+        ours.apply(variables, x, mutable=["cache"])

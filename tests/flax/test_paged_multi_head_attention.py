@@ -17,6 +17,7 @@ from pyagent_kv_jax import (
     ConfigError,
     InvalidArgumentError,
     KVCacheConfig,
+    OutOfBlocksError,
     PagedKVCache,
     RequestTooLongError,
     ShapeMismatchError,
@@ -129,6 +130,9 @@ def test_pages_are_written_in_place_under_donation() -> None:
 def test_a_row_without_blocks_gives_nan_and_the_others_go_on() -> None:
     _, ours = pair("plain", cache_options={"num_blocks": 5})
     x = jax.random.normal(jax.random.key(0), (ROWS, 16, FEATURES))
+    with pytest.raises(OutOfBlocksError, match="row 2: got 17 tokens after 0, want what fits into 5 free blocks"):
+        ours(jnp.concatenate([x, x[:, :1]], axis=1), lengths=[17] * ROWS)
+    assert ours.paged_cache.get_value().get_num_free_blocks() == 5
     out = call(ours, x, jnp.array([16, 16, 16, 16], jnp.int32))
     assert not jnp.isnan(out).any()
     out = decode(ours, x[:, :1])

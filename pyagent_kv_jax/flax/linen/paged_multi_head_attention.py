@@ -106,12 +106,14 @@ class PagedMultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
 
         Returns:
             [batch, n, out_features]. In decode, padding gives what the output projection makes of zeros, and a row for
-            which there were no blocks left gives NaN, and keeps what it had. In ``init``, attention without a cache.
+            which there were no blocks left gives NaN (under ``jit``), and keeps what it had. In ``init``, attention
+            without a cache.
 
         Raises:
             ShapeMismatchError: inputs that do not fit the cache, or a cache that does not fit the module.
             InvalidArgumentError: no cache, one that may not change, or an option that decode cannot honour.
-            RequestTooLongError: (outside ``jit``; inside, the row gives NaN) a row that outgrows the cache.
+            RequestTooLongError, OutOfBlocksError: (outside ``jit``; inside, the row gives NaN) a row that outgrows the
+                cache, or for which there are no blocks left.
             ConfigError: heads or options that no cache can be made of.
         """
         options: dict[str, Any] = {"mask": mask, "dropout_rng": dropout_rng}
@@ -129,9 +131,10 @@ class PagedMultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
             return self._out(self._attend_without_cache(q, k, v, **options), inputs_q.shape[-1])
         self._check_options(options)
         cache = self._checked_cache(inputs_q)
-        counts = checked_counts(self._owner(inputs_q), cache, inputs, lengths)
+        owner = self._owner(inputs_q)
+        counts = checked_counts(owner, cache, inputs, lengths)
         q, k, v = self._projected(*inputs)
-        out, cache = attend_padded(cache, q, k, v, counts, rope=self.rope, sliding_window=self.sliding_window)
+        out, cache = attend_padded(owner, cache, q, k, v, counts, rope=self.rope, sliding_window=self.sliding_window)
         self.put_variable("cache", "paged_cache", cache)
         return self._out(out, inputs_q.shape[-1])
 
