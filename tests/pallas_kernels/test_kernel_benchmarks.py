@@ -32,9 +32,12 @@ def test_a_baseline_that_cannot_be_had_is_noted() -> None:
         raise ImportError("no such package")
 
     bench = Bench(TINY, 1e9, 1e9)
-    [row] = bench.rows("case", 1.0, {"other": missing}, 2.0)
+    [row] = bench.rows("case", 1.0, {"other": missing}, num_bytes=2000, flops=500.0)
     assert (row.baseline, row.ratio_to_limit) == (None, 2.0)
     assert bench.left_out == {"case: other": "ImportError: no such package"}
+    [row] = bench.rows("case", 1.0, {}, num_bytes=2000, flops=4000.0)
+    assert row.as_dict()["ratio_to_limit"] == 4.0
+    assert (row.as_dict()["num_bytes"], row.as_dict()["flops"]) == (2000, 4000.0)
 
 
 def test_a_call_that_never_changes_is_made_every_time_around_the_loop() -> None:
