@@ -36,8 +36,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the pages; index.html is the first")
     out = parser.parse_args().out
     render.configure(docformat="google", footer_text="pyagent_kv_jax", show_source=True)
-    # Functions named like their module (serving.generate, pallas_kernels.checking) would else get a page of their own.
-    pdoc(*PUBLIC_MODULES, "!pyagent_kv_jax.serving.generate", "!pallas_kernels.checking", output_directory=out)
+    # Modules with a function of their own name in them (serving.generate, paged_attention) would else get pages too.
+    beside = [rf"!{package}\.(?!handoff)" for package in ("pyagent_kv_jax.serving", "pyagent_kv_jax.pictures")]
+    pdoc(*PUBLIC_MODULES, *beside, r"!pallas_kernels\.", output_directory=out)
     print(f"{out / 'index.html'}: {len(list(out.rglob('*.html')))} pages")
 
 
