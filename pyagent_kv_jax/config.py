@@ -355,6 +355,10 @@ class KVCacheConfig:
         """``layer_groups``, resolved."""
         return self.layer_groups or (LayerGroup(tuple(range(self.num_layers))),)
 
+    def group_of(self, layer: int) -> int:
+        """Index in ``groups`` of the group that ``layer``, one of the model's, is in."""
+        return next(index for index, group in enumerate(self.groups) if layer in group.layers)
+
     @property
     def layers_per_group(self) -> int:
         """Layers whose K and V one block has room for: those of the largest group."""

@@ -160,8 +160,7 @@ class KVCacheAllocator:
         )
 
     def _group_of(self, layer_idx: int) -> int:
-        layer = layer_index(layer_idx, self.config.num_layers, "layer_idx")
-        return next(g for g, group in enumerate(self.config.groups) if layer in group.layers)
+        return self.config.group_of(layer_index(layer_idx, self.config.num_layers, "layer_idx"))
 
     def _check_held(self, blocks: list[KVCacheBlock], error: type[InvalidBlockError]) -> None:
         """Every block has, in its pool, as many references as it is named here; before anything changes."""

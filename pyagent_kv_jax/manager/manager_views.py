@@ -172,5 +172,4 @@ class ManagerViews(ShowsItself):
             self._state.check_invariants()
 
     def _group_of(self, layer_idx: int) -> int:
-        layer = layer_index(layer_idx, self.config.num_layers, "layer_idx")
-        return next(g for g, group in enumerate(self.config.groups) if layer in group.layers)
+        return self.config.group_of(layer_index(layer_idx, self.config.num_layers, "layer_idx"))

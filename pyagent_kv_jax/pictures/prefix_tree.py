@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch
 
-from pyagent_kv_jax.arguments import integer
+from pyagent_kv_jax.arguments import layer_index
 from pyagent_kv_jax.errors import InvalidArgumentError
 from pyagent_kv_jax.manager.kv_cache_manager import KVCacheManager
 from pyagent_kv_jax.manager.manager_snapshot import ManagerSnapshot
@@ -100,11 +100,8 @@ def prefix_tree(
     if not isinstance(manager, KVCacheManager):
         raise InvalidArgumentError(f"prefix_tree: got {type(manager).__name__}, want a KVCacheManager")
     seen, rate = manager.snapshot(), manager.stats().hit_rate
-    layer = int(integer("layer_idx", layer_idx))
-    groups = [g for g, group in enumerate(seen.config.groups) if layer in group.layers]
-    if not groups:
-        raise InvalidArgumentError(f"layer_idx: got {layer}, want 0 to {seen.config.num_layers - 1}")
-    runs = prefix_runs(seen, groups[0])
+    group = seen.config.group_of(layer_index(layer_idx, seen.config.num_layers, "layer_idx"))
+    runs = prefix_runs(seen, group)
     shown = runs[:most_runs]
     rows = _rows_of(shown)
     places = _columns_of(shown)
