@@ -6,39 +6,56 @@ is plain ``jax.numpy``, so tests compare every value with ``number_format``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.nvidia import Gpu
-from pallas_kernels.words import UNSIGNED
+from pallas_kernels.words import UNSIGNED, as_pairs, overflows_offsets
 
 _FP8 = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 
 
-def require_addressable(pages: jax.Array) -> None:
-    """Raise ``NotImplementedError`` for 2 to 4 GiB of one-byte elements: offsets there are of 32 bits, signed."""
-    if pages.dtype.itemsize == 1 and 2**31 < pages.size <= 2**32:
-        raise NotImplementedError(
-            f"pages of {pages.size} one-byte elements: Pallas computes Triton offsets in 32 signed bits up to 2**32 "
-            "bytes; a pool of at most 2**31 or more than 2**32 bytes can be served"
-        )
-
-
 def viewed(pages: jax.Array, kv_dtype: jnp.dtype, gpu: Gpu) -> jax.Array:
-    """The same pages, of ``kv_dtype``, or of uint8 where that is an fp8 this GPU cannot convert.
+    """The same pages as kernels load them: elements as ``convertible`` has them, or uint16 words of two.
 
     Raises:
-        NotImplementedError: see ``require_addressable``.
+        NotImplementedError: words of two are needed, and a row of the pages has an odd number of elements.
     """
-    require_addressable(pages)
+    return as_pairs(pages) if overflows_offsets(pages) else convertible(pages, kv_dtype, gpu)
+
+
+def convertible(stored: jax.Array, kv_dtype: jnp.dtype, gpu: Gpu) -> jax.Array:
+    """Stored elements of ``kv_dtype``, or of uint8 where that is an fp8 this GPU cannot convert."""
     seen = jnp.dtype(jnp.uint8) if kv_dtype in _FP8 and not gpu.converts_fp8 else kv_dtype
-    return pages if pages.dtype == seen else jax.lax.bitcast_convert_type(pages, seen)
+    return stored if stored.dtype == seen else jax.lax.bitcast_convert_type(stored, seen)
 
 
-def decode(stored: jax.Array, kv_dtype: jnp.dtype, dtype: jnp.dtype) -> jax.Array:
+def stored_columns(dims: Any, pages: Any, kv_dtype: jnp.dtype) -> Any:
+    """Where the numbers ``dims``, a slice, lie in a row of ``pages``, which may hold words of two."""
+    in_a_word = pages.dtype.itemsize // kv_dtype.itemsize
+    return pl.ds(dims.start // in_a_word, dims.size // in_a_word)
+
+
+def split_pairs(words: jax.Array) -> jax.Array:
+    """uint16[..., n] as uint8[..., 2 n]: the numbers of ``words.as_pairs``."""
+    low, high = ((words >> shift).astype(jnp.uint8)[..., None] for shift in (jnp.uint16(0), jnp.uint16(8)))
+    return jax.lax.concatenate([low, high], words.ndim).reshape(*words.shape[:-1], -1)
+
+
+def join_pairs(bits: jax.Array) -> jax.Array:
+    """uint8[..., 2 n] as uint16[..., n]: the words of ``words.as_pairs``."""
+    pairs = bits.astype(jnp.uint16).reshape(*bits.shape[:-1], -1, 2)
+    low, high = jax.lax.split(pairs, (1, 1), axis=bits.ndim)
+    return (low | (high << jnp.uint16(8))).reshape(pairs.shape[:-1])
+
+
+def decode(stored: jax.Array, kv_dtype: jnp.dtype, dtype: jnp.dtype, gpu: Gpu) -> jax.Array:
     """Elements as loaded from ``viewed`` pages, as numbers of ``dtype``, any scale not yet applied."""
+    if stored.dtype.itemsize > kv_dtype.itemsize:
+        stored = convertible(split_pairs(stored), kv_dtype, gpu)
     if stored.dtype == kv_dtype:
         return stored.astype(dtype)
     # Both fp8 formats are float16 with fewer bits; e4m3 also has another bias, so its value there is 2**8 too small.

@@ -108,7 +108,7 @@ def _attend(
             "context_size": context_parallel.size,
             "context_interleave": context_parallel.interleave,
             "kv_dtype": kv_dtype,
-            "interpret": gpu.interpret,
+            "gpu": gpu,
         },
         gpu=gpu,
         chosen=chosen,
@@ -244,7 +244,7 @@ class Attention:
             ),
             grid=grid,
             compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-            interpret=kernel.interpret,
+            interpret=self.gpu.interpret,
             name=name,
         )(given)
 

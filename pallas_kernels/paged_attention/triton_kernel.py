@@ -17,9 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.nvidia import Gpu
 from pallas_kernels.paged_attention.context_parallel import ContextParallel
 from pallas_kernels.paged_attention.visibility import Visibility
-from pallas_kernels.triton_numbers import decode
+from pallas_kernels.triton_numbers import decode, stored_columns
 from pallas_kernels.triton_tiles import powers_of_2
 
 LOG2_E = math.log2(math.e)
@@ -73,7 +74,7 @@ class Kernel:
         causal: whether queries see no later key.
         context_size, context_interleave: of ``ContextParallel``.
         kv_dtype: logical dtype of the pages.
-        interpret: whether the kernel is interpreted.
+        gpu: that it is for.
     """
 
     rows: int
@@ -88,7 +89,7 @@ class Kernel:
     context_size: int
     context_interleave: int
     kv_dtype: Any
-    interpret: bool
+    gpu: Gpu
 
     def __call__(self, given: Operands, out: Any, lse: Any) -> None:
         """Refs: what is given; out and lse (f32), by item or by token."""
@@ -189,13 +190,14 @@ class Kernel:
 
     def read(self, pages: Any, tile: Tile, keys: Keys, dims: Any, dtype: Any) -> jax.Array:
         """[keys, dims], zeros where not readable (a weight of 0 does not hide a NaN value: 0 * NaN is NaN)."""
-        at = pages.at[keys.page, tile.kv_head, keys.offset, dims]
-        mask = jnp.broadcast_to(keys.readable[:, None], (self.keys, dims.size))
-        if self.interpret:  # which cannot load under a mask by arrays of indices
+        columns = stored_columns(dims, pages, self.kv_dtype)
+        at = pages.at[keys.page, tile.kv_head, keys.offset, columns]
+        mask = jnp.broadcast_to(keys.readable[:, None], (self.keys, columns.size))
+        if self.gpu.interpret:  # which cannot load under a mask by arrays of indices
             stored = jnp.where(mask, at[...], jnp.zeros((), pages.dtype))
         else:
             stored = plgpu.load(at, mask=mask, other=jnp.zeros((), pages.dtype))
-        return decode(stored, self.kv_dtype, dtype)
+        return decode(stored, self.kv_dtype, dtype, self.gpu)
 
     def write(self, given: Operands, out: Any, lse: Any, tile: Tile, softmax: Softmax) -> None:
         """Normalise and store. Rows past the last one repeat it, and store the same numbers to the same place."""

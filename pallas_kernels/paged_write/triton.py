@@ -15,10 +15,10 @@ from pallas_kernels.number_format import per_head
 from pallas_kernels.nvidia import Gpu, target_gpu
 from pallas_kernels.page_ids import nowhere_if_invalid, report_out_of_range
 from pallas_kernels.paged_write.reference import slots_and_tokens
-from pallas_kernels.triton_numbers import encode, require_addressable
+from pallas_kernels.triton_numbers import encode, join_pairs, stored_columns
 from pallas_kernels.triton_tiles import powers_of_2
 from pallas_kernels.tuning import next_power_of_2, parameters
-from pallas_kernels.words import as_bits
+from pallas_kernels.words import as_bits, as_pairs, from_words, overflows_offsets, require_pairs
 
 
 def paged_write(
@@ -34,8 +34,6 @@ def paged_write(
 ) -> tuple[jax.Array, jax.Array]:
     """Scatter tokens into slots, in place; see the public function."""
     gpu = target_gpu()
-    require_addressable(k_pages)
-    require_addressable(v_pages)
     shape = {"kv_heads": k.shape[1], "head_dim": k.shape[2], "itemsize": kv_dtype.itemsize}
     chosen = parameters("paged_write", "triton", gpu.kind, shape, heuristic(k.shape[1] * k.shape[2]))
     scales = {"k_scale": k_scale, "v_scale": v_scale}
@@ -71,19 +69,28 @@ def _write(
     inside = nowhere_if_invalid(slots // block_size, num_pages) < num_pages
     slots = jnp.where(inside, slots, -1)
     k_scale, v_scale = (None if s is None else jnp.broadcast_to(per_head(s), kv_heads) for s in (k_scale, v_scale))
-    given = Operands(slots, rows, k_scale, v_scale, k, v, as_bits(k_pages), as_bits(v_pages))
+    targets = writable(k_pages, k.shape[2]), writable(v_pages, v.shape[2])
+    given = Operands(slots, rows, k_scale, v_scale, k, v, *targets)
     num_inputs = len(jax.tree.leaves(given))
     written = pl.pallas_call(
         partial(write_tokens, tokens=tokens, kv_dtype=kv_dtype, gpu=gpu),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (given.k_pages, given.v_pages)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in targets],
         grid=(pl.cdiv(capacity, tokens),),
         input_output_aliases={num_inputs - 2: 0, num_inputs - 1: 1},
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=gpu.interpret,
         name="paged_write",
     )(given)
-    k_written, v_written = (jax.lax.bitcast_convert_type(pages, k_pages.dtype) for pages in written)
-    return k_written, v_written
+    k_written, v_written = written
+    return from_words(k_written, k_pages.shape, k_pages.dtype), from_words(v_written, v_pages.shape, v_pages.dtype)
+
+
+def writable(pages: jax.Array, head_dim: int) -> jax.Array:
+    """The pages as unsigned integers: their elements, or words of two where only those can be addressed."""
+    if not overflows_offsets(pages):
+        return as_bits(pages)
+    require_pairs(pages, head_dim)
+    return as_pairs(pages)
 
 
 class Operands(NamedTuple):
@@ -94,7 +101,8 @@ class Operands(NamedTuple):
         rows: None, or i32[T], the token of each entry.
         k_scale, v_scale: None, or f32[kv_heads].
         k, v: [T, kv_heads, d].
-        k_pages, v_pages: [pages, kv_heads, block_size, D >= d], unsigned bits; aliased, never read.
+        k_pages, v_pages: [pages, kv_heads, block_size, D >= d], unsigned bits, or [..., D / 2], words of two
+            one-byte numbers; aliased, never read.
     """
 
     slots: Any
@@ -132,4 +140,7 @@ def write_token(
             if scale is not None:
                 numbers = numbers / scale[heads][:, None]
             stored = encode(numbers, kv_dtype, gpu)
-            plgpu.store(pages.at[page, heads, offset, dims], stored, mask=jnp.full(stored.shape, valid))
+            if stored.dtype != pages.dtype:
+                stored = join_pairs(stored)
+            at = pages.at[page, heads, offset, stored_columns(dims, pages, kv_dtype)]
+            plgpu.store(at, stored, mask=jnp.full(stored.shape, valid))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +21,7 @@ from tests.pallas_kernels.triton_checks import (
     check_gather,
     check_merge,
     check_write,
+    load,
 )
 
 CHECKS: dict[str, Callable[[Any, Any], None]] = {
@@ -175,14 +174,6 @@ MUTATIONS = [
         "triton_items",
     ),
 ]
-
-
-def load(source: str, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module of that source, which dataclasses can find while the test runs."""
-    module = ModuleType(name)
-    monkeypatch.setitem(sys.modules, name, module)
-    exec(compile(source, name, "exec"), module.__dict__)
-    return module
 
 
 def broken(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -22,7 +22,7 @@ def test_decode_every_fp8_without_instructions_for_it(dtype: jnp.dtype) -> None:
     assert stored.dtype == jnp.uint8
     for wanted in (jnp.float32, jnp.float16, jnp.bfloat16):
         expected = number_format.decode(EVERY_BYTE, dtype).astype(wanted)
-        got = decode(stored, dtype, jnp.dtype(wanted))
+        got = decode(stored, dtype, jnp.dtype(wanted), A100)
         assert got.dtype == wanted
         np.testing.assert_array_equal(got.astype(jnp.float32), expected.astype(jnp.float32))
 
@@ -50,9 +50,3 @@ def test_encode_int8() -> None:
 def test_round_half_to_even() -> None:
     values = jnp.arange(-1001, 1001, dtype=jnp.float32) / 4
     np.testing.assert_array_equal(round_half_to_even(values), jnp.round(values))
-
-
-def test_the_one_size_of_pool_that_cannot_be_addressed_is_refused() -> None:
-    for pages, dtype in ((2**31 // 2048 + 1, jnp.uint8), (2**32 // 2048, jnp.float8_e4m3fn)):
-        with pytest.raises(NotImplementedError, match="32 signed bits"):
-            viewed(jax.ShapeDtypeStruct((pages, 1, 16, 128), dtype), FP8[0], A100)
