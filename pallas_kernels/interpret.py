@@ -52,3 +52,12 @@ def target_platform() -> str:
     platform = device if isinstance(device, str) else getattr(device, "platform", None)
     platform = platform or jax.default_backend()
     return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def target_device(platform: str) -> Any:
+    """The device of ``platform`` that the program under trace is for: an abstract one, the default, or the first."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        return abstract
+    default = getattr(jax.config, "jax_default_device", None)
+    return default if hasattr(default, "device_kind") else jax.local_devices(backend=platform)[0]

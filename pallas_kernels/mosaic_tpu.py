@@ -1,4 +1,4 @@
-"""What the Mosaic TPU forms share: where they run, how pages lie in TPU memory, and copies of pages.
+"""What the Mosaic TPU forms share: how pages lie in TPU memory, what fits in it, and copies of pages.
 
 A TPU keeps the last two dimensions of an array in tiles of rows x 128 lanes, a row being 8, 16 or 32 elements deep
 for elements of 4, 2 or 1 bytes. Pages whose head_dim is no multiple of 128 are laid out by XLA in another way than
@@ -8,6 +8,7 @@ Mosaic reads them, so every call would copy the whole pool: store them padded to
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,23 +17,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.interpret import interpret_mode, target_platform
+from pallas_kernels.tpu import Tpu
 
 LANES = 128
 MAX_VMEM_BYTES = 48 * 2**20
 MAX_SMEM_BYTES = 960 * 2**10  # of the 1 MiB that every TPU has; the compiler wants some
-
-
-def require_tpu() -> Any:
-    """The interpret mode to run under, False on a TPU.
-
-    Raises:
-        NotImplementedError: neither interpreting nor on a TPU.
-    """
-    mode = interpret_mode()
-    if mode is False and target_platform() != "tpu":
-        raise NotImplementedError(f"Mosaic TPU kernels run on a TPU, and this is for a {target_platform()}")
-    return mode
+IDS_A_PIECE = 8192
+# What is tuned of moving pages: transfers at a time.
+MOVES = {"in_flight": 16}
 
 
 def require_arithmetic(*dtypes: Any) -> None:
@@ -46,13 +38,13 @@ def require_arithmetic(*dtypes: Any) -> None:
             raise NotImplementedError(f"TPUs have no arithmetic in {dtype}")
 
 
-def require_tiles(*pages: jax.Array, interpret: Any) -> None:
+def require_tiles(*pages: jax.Array, tpu: Tpu) -> None:
     """Each of ``pages`` consists of whole tiles; the interpreter has none and takes any.
 
     Raises:
         NotImplementedError: some page does not.
     """
-    if interpret is not False:
+    if tpu.interpret is not False:
         return
     for each in pages:
         *_, block_size, head_dim = each.shape
@@ -73,7 +65,7 @@ def require_scalars(count: int) -> None:
     """
     if 4 * count > MAX_SMEM_BYTES:
         raise NotImplementedError(
-            f"{4 * count} bytes of ids and tables do not fit in the {MAX_SMEM_BYTES} of scalar memory"
+            f"{4 * count} bytes of items, some 28 a sequence, do not fit in the {MAX_SMEM_BYTES} of scalar memory"
         )
 
 
@@ -87,8 +79,29 @@ def tile_rows(dtype: Any) -> int:
     return 32 // jnp.dtype(dtype).itemsize
 
 
-def copy_in_flight(first: Any, count: Any, copy: Callable[[Any], tuple[Any, Any]], depth: int) -> None:
-    """Inside a kernel: do copies ``first`` to ``count``, up to ``depth`` of them at a time.
+@dataclasses.dataclass(frozen=True)
+class IdPieces:
+    """How lists of ids come into scalar memory: ``number`` pieces of ``size``, one for each step of a kernel's grid."""
+
+    number: int
+    size: int
+
+    def spec(self, piece: Callable[..., Any]) -> pl.BlockSpec:
+        """Of a list: piece ``piece(*grid indices)`` of it."""
+        return pl.BlockSpec((self.size,), lambda *indices: (piece(*indices),), memory_space=pltpu.SMEM)
+
+    def fill(self, ids: jax.Array) -> jax.Array:
+        """``ids`` filled up to whole pieces, with -1."""
+        return jnp.pad(ids, (0, self.number * self.size - ids.size), constant_values=-1)
+
+
+def id_pieces(ids: jax.Array) -> IdPieces:
+    """For a list as long as ``ids``, which is not empty."""
+    return IdPieces(-(-ids.size // IDS_A_PIECE), min(ids.size, IDS_A_PIECE))
+
+
+def copy_in_flight(count: Any, copy: Callable[[Any], tuple[Any, Any]], depth: int) -> None:
+    """Inside a kernel: do copies 0 to ``count``, up to ``depth`` of them at a time.
 
     ``copy(i)`` gives (whether it is wanted, its descriptor). Copies i and i + depth may share a semaphore.
     """
@@ -101,11 +114,11 @@ def copy_in_flight(first: Any, count: Any, copy: Callable[[Any], tuple[Any, Any]
         wanted, descriptor = copy(index)
         pl.when(wanted)(descriptor.wait)
 
-    @pl.loop(first, count)
+    @pl.loop(0, count)
     def _(index: Any) -> None:
-        pl.when(index >= first + depth)(lambda: wait(index - depth))
+        pl.when(index >= depth)(lambda: wait(index - depth))
         start(index)
 
-    @pl.loop(jnp.maximum(count - depth, first), count)
+    @pl.loop(jnp.maximum(count - depth, 0), count)
     def _(index: Any) -> None:
         wait(index)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-
-from pallas_kernels.interpret import interpret_mode, target_platform
+from pallas_kernels.interpret import interpret_mode, target_device, target_platform
 
 # Devices that are not there are known by name alone. A name that is not here counts as the oldest we serve.
 _CAPABILITIES = (
@@ -55,7 +53,7 @@ def target_gpu() -> Gpu:
     platform = target_platform()
     if platform != "gpu":
         raise NotImplementedError(f"Triton kernels run on NVIDIA GPUs, and this program is for {platform!r}")
-    device = _device()
+    device = target_device(platform)
     version = str(getattr(getattr(device, "client", None), "platform_version", ""))
     if "rocm" in version.lower():
         raise NotImplementedError("Triton kernels are written for NVIDIA GPUs, and this is one of AMD")
@@ -63,14 +61,6 @@ def target_gpu() -> Gpu:
     if gpu.capability < _OLDEST:
         raise NotImplementedError(f"{gpu.kind} has compute capability {gpu.capability / 10}, want 8.0 or more")
     return gpu
-
-
-def _device() -> Any:
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None:
-        return abstract
-    default = getattr(jax.config, "jax_default_device", None)
-    return default if hasattr(default, "device_kind") else jax.local_devices(backend="gpu")[0]
 
 
 def _capability(device: Any) -> int:

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.mosaic_tpu import LANES, compiler_params, require_arithmetic, require_tpu
+from pallas_kernels.mosaic_tpu import LANES, compiler_params, require_arithmetic
+from pallas_kernels.tpu import Tpu, target_tpu
+from pallas_kernels.tuning import parameters
 
 MAX_TILE_BYTES = 4 * 2**20
 MAX_ROWS = 1024
@@ -18,13 +20,22 @@ SUBLANES = 8
 
 def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Merge ``outs`` [n, ..., heads, d] by ``lses`` [n, ..., heads] over n; see the public function."""
-    interpret = require_tpu()
+    tpu = target_tpu()
     require_arithmetic(outs.dtype)
-    return _merge(outs, lses, interpret=interpret)
+    states, head_dim = outs.shape[0], outs.shape[-1]
+    shape = {"states": states, "head_dim": head_dim, "itemsize": outs.dtype.itemsize}
+    chosen = parameters("merge_attention_states", "mosaic_tpu", tpu.kind, shape, heuristic(states, head_dim))
+    return _merge(outs, lses, tpu=tpu, **chosen)
 
 
-@partial(jax.jit, static_argnames="interpret")
-def _merge(outs: jax.Array, lses: jax.Array, *, interpret: Any) -> tuple[jax.Array, jax.Array]:
+def heuristic(states: int, head_dim: int) -> dict[str, int]:
+    """Rows of a tile, a multiple of 128: as many as make MAX_TILE_BYTES in float32."""
+    row_bytes = 4 * states * pl.cdiv(head_dim, LANES) * LANES
+    return {"rows": max(LANES, min(MAX_ROWS, MAX_TILE_BYTES // row_bytes) // LANES * LANES)}
+
+
+@partial(jax.jit, static_argnames=("tpu", "rows"))
+def _merge(outs: jax.Array, lses: jax.Array, *, tpu: Tpu, rows: int) -> tuple[jax.Array, jax.Array]:
     states, *shape, dim = outs.shape
     outs = outs.reshape(states, -1, dim)
     num_rows = outs.shape[1]
@@ -34,7 +45,6 @@ def _merge(outs: jax.Array, lses: jax.Array, *, interpret: Any) -> tuple[jax.Arr
     padding = -states % SUBLANES
     lses = lses.reshape(states, -1).astype(jnp.float32)
     lses = jnp.pad(lses, ((0, padding), (0, 0)), constant_values=-jnp.inf)
-    rows = _rows_a_tile(states, dim)
     out, lse = pl.pallas_call(
         _kernel,
         out_shape=(
@@ -48,16 +58,10 @@ def _merge(outs: jax.Array, lses: jax.Array, *, interpret: Any) -> tuple[jax.Arr
         ],
         out_specs=(pl.BlockSpec((rows, dim), lambda i: (i, 0)), pl.BlockSpec((1, rows), lambda i: (0, i))),
         compiler_params=compiler_params("parallel"),
-        interpret=interpret,
+        interpret=tpu.interpret,
         name="merge_attention_states",
     )(outs, lses)
     return out.reshape(*shape, dim), lse.reshape(shape)
-
-
-def _rows_a_tile(states: int, dim: int) -> int:
-    """Rows of a tile: a multiple of 128, as many as make MAX_TILE_BYTES in float32."""
-    row_bytes = 4 * states * pl.cdiv(dim, LANES) * LANES
-    return max(LANES, min(MAX_ROWS, MAX_TILE_BYTES // row_bytes) // LANES * LANES)
 
 
 def _kernel(outs: Any, lses: Any, out: Any, lse: Any) -> None:

@@ -21,33 +21,40 @@ from pallas_kernels.mosaic_tpu import (
     require_arithmetic,
     require_scalars,
     require_tiles,
-    require_tpu,
 )
 from pallas_kernels.number_format import per_head
 from pallas_kernels.page_ids import report_out_of_range
 from pallas_kernels.paged_attention.context_parallel import ContextParallel
 from pallas_kernels.paged_attention.mosaic_tpu_kernel import attend
-from pallas_kernels.paged_attention.mosaic_tpu_memory import Arrays, Outputs, Plan, Scalars, Scratch
+from pallas_kernels.paged_attention.mosaic_tpu_memory import (
+    TABLE_BUFFERS,
+    Arrays,
+    Outputs,
+    Plan,
+    Scalars,
+    Scratch,
+    Semaphores,
+)
+from pallas_kernels.paged_attention.mosaic_tpu_parameters import Parameters, choose_parameters
 from pallas_kernels.paged_attention.reference import report_lengths
 from pallas_kernels.paged_attention.visibility import Visibility
 from pallas_kernels.paged_attention.work_items import Item, Items, Sequences, Tables
+from pallas_kernels.tpu import Tpu, target_tpu
+from pallas_kernels.tuning import next_power_of_2
 
-MAX_ROWS = 512
-MAX_ROWS_OF_ALL_HEADS = 4096
-KEYS_A_STEP = 512
-PAGE_BUFFER_BYTES = 8 * 2**20
 SMALL_TILE = 8
-_STATIC = ("causal", "kv_dtype", "v_head_dim", "return_lse", "max_query_len", "max_kv_len", "interpret")
+_STATIC = ("causal", "kv_dtype", "v_head_dim", "return_lse", "max_query_len", "max_kv_len", "tpu", "chosen")
 
 
 def paged_attention(
     q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, block_tables: jax.Array, kv_lens: jax.Array, **options: Any
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention through a block table; see the public function."""
-    interpret = require_tpu()
-    require_tiles(k_pages, v_pages, interpret=interpret)
+    tpu = target_tpu()
+    require_tiles(k_pages, v_pages, tpu=tpu)
     require_arithmetic(q.dtype, options["kv_dtype"])
-    return _attention(q, k_pages, v_pages, block_tables, kv_lens, **options, interpret=interpret)
+    chosen = choose_parameters(tpu, q, k_pages, v_pages, options["kv_dtype"])
+    return _attention(q, k_pages, v_pages, block_tables, kv_lens, **options, tpu=tpu, chosen=chosen)
 
 
 @partial(jax.jit, static_argnames=_STATIC)
@@ -74,7 +81,8 @@ def _attention(
     return_lse: bool,
     max_query_len: int | None,
     max_kv_len: int | None,
-    interpret: Any,
+    tpu: Tpu,
+    chosen: Parameters,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     num_pages, kv_heads, block_size, _ = k_pages.shape
     tokens, q_heads, head_dim = q.shape
@@ -93,7 +101,7 @@ def _attention(
     sequences = Sequences.create(query_start_loc, kv_lens, tokens)
     longest = 1 if query_start_loc is None else min(max_query_len or tokens, tokens)
 
-    def plan(tile: int) -> Plan:
+    def plan(tile: int, pages: int) -> Plan:
         return Plan(
             kv_heads=kv_heads,
             group=q_heads // kv_heads,
@@ -101,8 +109,7 @@ def _attention(
             v_head_dim=v_head_dim,
             block_size=block_size,
             tile=tile,
-            step=_pages_a_step(k_pages, v_pages, tables.width),
-            width=tables.width,
+            step=max(min(pages, tables.width), 1),
             compute=jnp.float32 if jnp.float32 in (q.dtype, kv_dtype) else jnp.bfloat16,
             kv_dtype=kv_dtype,
             causal=causal,
@@ -116,8 +123,6 @@ def _attention(
             num_items=jnp.minimum(items.total, most).reshape(1),
             items=each,
             columns=_needed_columns(tables, visibility, each),
-            blocks=tables.blocks.reshape(-1),
-            positions=None if tables.positions is None else tables.positions.reshape(-1),
             sliding_window=_integer(sliding_window),
             chunk_size=_integer(chunk_size),
             rank=jnp.asarray(context_parallel.rank, jnp.int32).reshape(1),
@@ -127,33 +132,28 @@ def _attention(
         )
 
     if tokens > 0 and kv_lens.size > 0:
-        for items, most in _lists(sequences, tokens, longest, kv_heads, q_heads):
-            each = plan(items.tile)
-            arrays = Arrays(q, k_pages, v_pages, _sink_rows(sinks, each))
-            outputs = _call(each, scalars(items, most), arrays, outputs, interpret)
+        for items, most, pages in _lists(sequences, tokens, longest, chosen):
+            each = plan(items.tile, pages)
+            blocks = each.whole_pieces(block_tables)
+            positions = None if block_positions is None else each.whole_pieces(block_positions)
+            arrays = Arrays(q, k_pages, v_pages, blocks, positions, _sink_rows(sinks, each))
+            outputs = _call(each, scalars(items, most), arrays, outputs, tpu)
     return (outputs.out, outputs.lse[..., 0]) if return_lse else outputs.out
 
 
-def _lists(sequences: Sequences, tokens: int, longest: int, kv_heads: int, q_heads: int) -> list[tuple[Items, int]]:
-    """Lists of items, and how many each can hold at most. Single queries do not pay for a whole tile."""
+def _lists(sequences: Sequences, tokens: int, longest: int, chosen: Parameters) -> list[tuple[Items, int, int]]:
+    """Lists of items, how many each can hold at most, and pages of a step. Single queries do not pay for a tile."""
     num_seqs = sequences.kv_len.size
-    by_head, by_all = MAX_ROWS // (q_heads // kv_heads), MAX_ROWS_OF_ALL_HEADS // q_heads
-    tile = min(_power_of_2_within(max(by_head, 1)), _power_of_2_within(max(by_all, 1)), _next_power_of_2(longest))
+    tile = min(chosen.prefill_queries, next_power_of_2(longest))
 
     def most(fewest: int) -> int:
         return min(tokens, tokens // tile + min(num_seqs, tokens // fewest))
 
     if longest <= SMALL_TILE:
-        return [(sequences.items(tile, fewest=1), most(1))]
-    singles = sequences.items(1, fewest=1, most=1), min(num_seqs, tokens)
-    return [singles, (sequences.items(tile, fewest=2), most(2))]
-
-
-def _pages_a_step(k_pages: jax.Array, v_pages: jax.Array, width: int) -> int:
-    """Pages fetched at a time: KEYS_A_STEP keys, within PAGE_BUFFER_BYTES for both buffers of K and V."""
-    _, kv_heads, block_size, _ = k_pages.shape
-    page_bytes = kv_heads * block_size * (k_pages.shape[3] + v_pages.shape[3]) * k_pages.dtype.itemsize
-    return max(min(KEYS_A_STEP // block_size, PAGE_BUFFER_BYTES // (2 * page_bytes), width), 1)
+        return [(sequences.items(tile, fewest=1), most(1), chosen.decode_pages)]
+    singles = sequences.items(1, fewest=1, most=1)
+    others = sequences.items(tile, fewest=2)
+    return [(singles, min(num_seqs, tokens), chosen.decode_pages), (others, most(2), chosen.prefill_pages)]
 
 
 def _needed_columns(tables: Tables, visibility: Visibility, items: Item) -> tuple[jax.Array, jax.Array]:
@@ -176,20 +176,12 @@ def _integer(value: Any) -> jax.Array | None:
     return None if value is None else jnp.asarray(value, jnp.int32).reshape(1)
 
 
-def _power_of_2_within(n: int) -> int:
-    return 1 << (n.bit_length() - 1)
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _call(plan: Plan, scalars: Scalars, arrays: Arrays, outputs: Outputs, interpret: Any) -> Outputs:
+def _call(plan: Plan, scalars: Scalars, arrays: Arrays, outputs: Outputs, tpu: Tpu) -> Outputs:
     """``outputs`` with the rows of all items filled in."""
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    array_specs = Arrays(
-        *(anywhere,) * 3, sinks=None if arrays.sinks is None else pl.BlockSpec(memory_space=pltpu.VMEM)
-    )
+    array_specs = jax.tree.map(lambda _: anywhere, arrays)
+    if arrays.sinks is not None:
+        array_specs = array_specs._replace(sinks=pl.BlockSpec(memory_space=pltpu.VMEM))
     output_specs = jax.tree.map(lambda _: anywhere, outputs)
     before = len(jax.tree.leaves((scalars, arrays)))
     require_scalars(sum(each.size for each in jax.tree.leaves(scalars)))
@@ -198,14 +190,14 @@ def _call(plan: Plan, scalars: Scalars, arrays: Arrays, outputs: Outputs, interp
         out_shape=(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), outputs),),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(1 if interpret is not False else pltpu.get_tpu_info().num_cores,),
+            grid=(1 if tpu.interpret is not False else pltpu.get_tpu_info().num_cores,),
             in_specs=(array_specs, output_specs),
             out_specs=(output_specs,),
             scratch_shapes=[_scratch(plan, arrays, outputs)],
         ),
         input_output_aliases={before + i: i for i in range(len(jax.tree.leaves(outputs)))},
         compiler_params=compiler_params("parallel"),
-        interpret=interpret,
+        interpret=tpu.interpret,
         name="paged_attention",
     )(scalars, arrays, outputs)
     return filled
@@ -214,6 +206,9 @@ def _call(plan: Plan, scalars: Scalars, arrays: Arrays, outputs: Outputs, interp
 def _scratch(plan: Plan, arrays: Arrays, outputs: Outputs) -> Scratch:
     def pages(of: jax.Array) -> Any:
         return pltpu.VMEM((2, plan.step, *of.shape[1:]), of.dtype)
+
+    def pieces(of: jax.Array | None) -> Any:
+        return None if of is None else pltpu.SMEM((TABLE_BUFFERS, plan.piece), jnp.int32)
 
     return Scratch(
         q=pltpu.VMEM((2, plan.tile, *arrays.q.shape[1:]), arrays.q.dtype),
@@ -226,6 +221,8 @@ def _scratch(plan: Plan, arrays: Arrays, outputs: Outputs) -> Scratch:
         results=jax.tree.map(lambda x: pltpu.VMEM((plan.tile, *x.shape[1:]), x.dtype), outputs),
         keys_across=pltpu.VMEM((1, plan.keys), jnp.int32),
         keys_down=pltpu.VMEM((plan.step, plan.block_size, 1), jnp.int32),
+        blocks=pieces(arrays.blocks),
+        positions=pieces(arrays.positions),
         fetched=pltpu.SMEM((2,), jnp.int32),
-        semaphores=tuple(pltpu.SemaphoreType.DMA((n,)) for n in (2, 2, 1)),
+        semaphores=Semaphores(*(pltpu.SemaphoreType.DMA((n,)) for n in (2, 2, 1, TABLE_BUFFERS))),
     )

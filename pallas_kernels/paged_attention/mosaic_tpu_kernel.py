@@ -1,8 +1,8 @@
 """The attention kernel for TPUs: a loop over items, in it a loop over steps of pages, in it a loop over KV heads.
 
-Pages come by DMA, one transfer a page for all of its heads, ids and lengths from scalar memory. While a step is
-computed, the pages of the next one are on their way, be it of the same item or of the one after; so are the queries
-of the next item and the output of the last. Rows of a KV head are the queries of its group: ``row = query * group +
+Pages come by DMA, one transfer a page for all of its heads (``mosaic_tpu_pages``). While a step is computed, the pages
+of the next one are on their way, be it of the same item or of the one after; so are the queries of the next item and
+the output of the last. Rows of a KV head are the queries of its group: ``row = query * group +
 head``, so that one read of K and V serves them all.
 """
 
@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.number_format import decode
 from pallas_kernels.paged_attention.context_parallel import ContextParallel
 from pallas_kernels.paged_attention.mosaic_tpu_memory import Arrays, Outputs, Plan, Scalars, Scratch
+from pallas_kernels.paged_attention.mosaic_tpu_pages import Fetch, Page, Turn
 from pallas_kernels.paged_attention.visibility import Visibility
 from pallas_kernels.paged_attention.work_items import Item
 
@@ -39,6 +40,10 @@ class _Kernel:
     outputs: Outputs
     scratch: Scratch
 
+    @property
+    def fetch(self) -> Fetch:
+        return Fetch(self.plan, self.scalars, self.arrays, self.scratch)
+
     def run(self) -> None:
         """This core's share of the items, which is an even one."""
         core, num_cores, num_items = pl.program_id(0), pl.num_programs(0), self.scalars.num_items[0]
@@ -48,18 +53,18 @@ class _Kernel:
         @pl.when(first < end)
         def start() -> None:
             self.start_queries(first)
-            self.start_pages(first, 0, 0)
+            self.fetch.start_first(Turn(first, 0, 0), end)
 
-        lax.fori_loop(first, end, lambda index, buffer: self.attend_item(index, buffer, first, end), 0)
+        lax.fori_loop(first, end, lambda index, count: self.attend_item(index, count, first, end), 0)
 
         @pl.when(first < end)
         def finish() -> None:
             self.wait_results(end - 1)
 
-    def attend_item(self, index: Any, buffer: Any, first: Any, end: Any) -> Any:
-        """One item of ``first`` to ``end``; its first pages are on their way into ``buffer``.
+    def attend_item(self, index: Any, count: Any, first: Any, end: Any) -> Any:
+        """One item of ``first`` to ``end``, after ``count`` steps of others; its first pages are on their way.
 
-        Returns the buffer of the next one.
+        Returns the count after it.
         """
         self.wait_queries(index)
 
@@ -69,21 +74,20 @@ class _Kernel:
 
         self.load_rows(index)
         item = Item(*(field[index] for field in self.scalars.items))
-        num_steps = self.num_steps(index)
 
-        def attend_step(step: Any, buffer: Any) -> Any:
-            is_last = step + 1 == num_steps
-            following = jnp.where(is_last, index + 1, index)
+        def attend_step(step: Any, count: Any) -> Any:
+            turn = Turn(index, step, count)
+            following = self.fetch.after(turn)
 
-            @pl.when(following < end)
+            @pl.when(following.item < end)
             def start_next() -> None:
-                self.start_pages(following, jnp.where(is_last, 0, step + 1), 1 - buffer)
+                self.fetch.start(following, end)
 
-            self.wait_pages(index, step, buffer)
-            self.attend_pages(item, index, step, buffer)
-            return 1 - buffer
+            self.fetch.wait_pages(turn)
+            self.attend_pages(item, turn)
+            return count + 1
 
-        buffer = lax.fori_loop(0, num_steps, attend_step, buffer)
+        count = lax.fori_loop(0, self.fetch.num_steps(index), attend_step, count)
 
         @pl.when(index > first)
         def wait_last() -> None:
@@ -91,7 +95,7 @@ class _Kernel:
 
         self.store_results(item)
         self.each_result_copy(index, lambda copy: copy.start())
-        return buffer
+        return count
 
     # Queries and results: a tile's first num_rows rows.
 
@@ -113,7 +117,7 @@ class _Kernel:
             done += count * size
 
     def each_query_copy(self, index: Any, do: Any) -> None:
-        semaphore = self.scratch.semaphores[0].at[index % 2]
+        semaphore = self.scratch.semaphores.q.at[index % 2]
         self.each_row_copy(index, self.arrays.q, self.scratch.q.at[index % 2], semaphore, True, do)
 
     def start_queries(self, index: Any) -> None:
@@ -125,66 +129,10 @@ class _Kernel:
     def each_result_copy(self, index: Any, do: Any) -> None:
         for hbm, vmem in zip(self.outputs, self.scratch.results, strict=True):
             if hbm is not None:
-                self.each_row_copy(index, hbm, vmem, self.scratch.semaphores[2].at[0], False, do)
+                self.each_row_copy(index, hbm, vmem, self.scratch.semaphores.results.at[0], False, do)
 
     def wait_results(self, index: Any) -> None:
         self.each_result_copy(index, lambda copy: copy.wait())
-
-    # Pages.
-
-    def num_steps(self, index: Any) -> Any:
-        """Steps of an item: one at least, be it over no pages, so that every item ends alike."""
-        first, last = (side[index] for side in self.scalars.columns)
-        return jnp.maximum(pl.cdiv(last - first, self.plan.step), 1)
-
-    def page(self, index: Any, step: Any, place: Any) -> tuple[Any, Any, Any]:
-        """The page at ``place`` of a step: (whether there is one, its id, its column in the whole table)."""
-        first, last = (side[index] for side in self.scalars.columns)
-        column = first + step * self.plan.step + place
-        entry = self.scalars.items.sequence[index] * self.plan.width + jnp.minimum(column, self.plan.width - 1)
-        block = self.scalars.blocks[entry]
-        wanted = (column < last) & (block >= 0)
-        if self.scalars.positions is not None:
-            wanted &= self.scalars.positions[entry] >= 0
-        return wanted, jnp.maximum(block, 0), entry
-
-    def page_copies(self, block: Any, place: Any, buffer: Any) -> tuple[Any, Any]:
-        """The transfers of one page of K and one of V."""
-        semaphore = self.scratch.semaphores[1].at[buffer]
-        k = pltpu.make_async_copy(self.arrays.k_pages.at[block], self.scratch.k.at[buffer, place], semaphore)
-        v = pltpu.make_async_copy(self.arrays.v_pages.at[block], self.scratch.v.at[buffer, place], semaphore)
-        return k, v
-
-    def start_pages(self, index: Any, step: Any, buffer: Any) -> None:
-        def start(place: Any, fetched: Any) -> Any:
-            wanted, block, _ = self.page(index, step, place)
-
-            @pl.when(wanted)
-            def start_page() -> None:
-                for copy in self.page_copies(block, place, buffer):
-                    copy.start()
-
-            return fetched + wanted.astype(jnp.int32)
-
-        self.scratch.fetched[buffer] = lax.fori_loop(0, self.plan.step, start, 0)
-
-    def wait_pages(self, index: Any, step: Any, buffer: Any) -> None:
-        is_full = self.scratch.fetched[buffer] == self.plan.step
-
-        @pl.when(is_full)
-        def wait_once() -> None:  # for as many bytes as the whole buffer has
-            for pages in (self.scratch.k, self.scratch.v):
-                whole = pages.at[buffer]
-                pltpu.make_async_copy(whole, whole, self.scratch.semaphores[1].at[buffer]).wait()
-
-        @pl.loop(0, jnp.where(is_full, 0, self.plan.step))
-        def wait(place: Any) -> None:
-            wanted, block, _ = self.page(index, step, place)
-
-            @pl.when(wanted)
-            def wait_page() -> None:
-                for copy in self.page_copies(block, place, buffer):
-                    copy.wait()
 
     # Arithmetic.
 
@@ -216,55 +164,54 @@ class _Kernel:
         )
         return Visibility(self.plan.causal, window, chunk)
 
-    def locate_keys(self, index: Any, step: Any) -> None:
+    def locate_keys(self, turn: Turn) -> None:
         """Put the position of every key of a step into scratch, along lanes and along sublanes; -1 where none is."""
         plan, scratch = self.plan, self.scratch
         context = ContextParallel(plan.context_size, self.scalars.rank[0], plan.interleave)
 
-        def position(key: Any, column: Any, entry: Any, wanted: Any) -> Any:
-            if self.scalars.positions is None:
-                at = context.position(column * plan.block_size + key)
+        def position(page: Page, key: Any) -> Any:
+            if page.position is None:
+                at = context.position(page.column * plan.block_size + key)
             else:
-                at = self.scalars.positions[entry] + context.position(key)
-            return jnp.where(wanted, at, -1)
+                at = page.position + context.position(key)
+            return jnp.where(page.wanted, at, -1)
 
         key = lax.broadcasted_iota(jnp.int32, (1, plan.keys), 1)
 
         def locate(place: Any, across: Any) -> Any:
-            wanted, _, entry = self.page(index, step, place)
-            column = self.scalars.columns[0][index] + step * plan.step + place
+            page = self.fetch.page(turn, place)
             down = lax.broadcasted_iota(jnp.int32, (plan.block_size, 1), 0)
-            scratch.keys_down[place] = position(down, column, entry, wanted)
+            scratch.keys_down[place] = position(page, down)
             offset = key - place * plan.block_size
             here = (offset >= 0) & (offset < plan.block_size)
-            return jnp.where(here, position(jnp.maximum(offset, 0), column, entry, wanted), across)
+            return jnp.where(here, position(page, jnp.maximum(offset, 0)), across)
 
         scratch.keys_across[...] = lax.fori_loop(0, plan.step, locate, jnp.full_like(key, -1))
 
-    def attend_pages(self, item: Item, index: Any, step: Any, buffer: Any) -> None:
+    def attend_pages(self, item: Item, turn: Turn) -> None:
         """One step: without a mask where every query sees every key."""
         plan = self.plan
         last_query = item.position + item.num_rows - 1
         lowest_start, lowest_end = self.visibility.interval(item.position, item.kv_len)
         highest_start, highest_end = self.visibility.interval(last_query, item.kv_len)
         unmasked = False
-        if self.scalars.positions is None:
+        if self.arrays.positions is None:
             context = ContextParallel(plan.context_size, self.scalars.rank[0], plan.interleave)
-            first_key = (self.scalars.columns[0][index] + step * plan.step) * plan.block_size
+            first_key = self.fetch.first_column(turn) * plan.block_size
             last_key = first_key + plan.keys - 1
             unmasked = (
-                (self.scratch.fetched[buffer] == plan.step)
+                self.fetch.is_full(turn)
                 & (context.position(first_key) >= highest_start)
                 & (context.position(last_key) < lowest_end)
             )
 
             @pl.when(unmasked)
             def attend_all() -> None:
-                self.each_head(lambda head: self.add_head(head, buffer, lambda logits, v: (logits, v)))
+                self.each_head(lambda head: self.add_head(head, turn.buffer, lambda logits, v: (logits, v)))
 
         @pl.when(jnp.logical_not(unmasked))
         def attend_masked() -> None:
-            self.locate_keys(index, step)
+            self.locate_keys(turn)
             across = self.scratch.keys_across[...]
             down = self.scratch.keys_down[...].reshape(plan.keys, 1)
             start, end = self.visibility.interval(self.row_positions(item), item.kv_len)
@@ -274,7 +221,7 @@ class _Kernel:
                 logits = jnp.where((across >= start) & (across < end), logits, -jnp.inf)
                 return logits, jnp.where((down >= lowest_start) & (down < highest_end), v, 0)
 
-            self.each_head(lambda head: self.add_head(head, buffer, mask))
+            self.each_head(lambda head: self.add_head(head, turn.buffer, mask))
 
     def each_head(self, do: Any) -> None:
         lax.fori_loop(0, self.plan.kv_heads, lambda head, _: do(head), None, unroll=self.plan.kv_heads <= 2)

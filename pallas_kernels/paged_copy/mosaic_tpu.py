@@ -10,29 +10,31 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mosaic_tpu import copy_in_flight, require_scalars, require_tiles, require_tpu
+from pallas_kernels.mosaic_tpu import MOVES, compiler_params, copy_in_flight, id_pieces, require_tiles
 from pallas_kernels.page_ids import report_out_of_range
-
-IN_FLIGHT = 16
+from pallas_kernels.tpu import Tpu, target_tpu
+from pallas_kernels.tuning import parameters
 
 
 def paged_copy(pages: Any, src: jax.Array, dst: jax.Array) -> Any:
     """``pages[dst] = pages[src]`` on every leaf; see the public function."""
-    interpret = require_tpu()
-    require_tiles(*jax.tree.leaves(pages), interpret=interpret)
-    require_scalars(2 * src.size)
-    return _copy(pages, src, dst, interpret=interpret)
+    tpu = target_tpu()
+    leaves = jax.tree.leaves(pages)
+    require_tiles(*leaves, tpu=tpu)
+    shape = {"page_bytes": leaves[0][0].size * leaves[0].dtype.itemsize}
+    chosen = parameters("paged_copy", "mosaic_tpu", tpu.kind, shape, MOVES)
+    return _copy(pages, src, dst, tpu=tpu, **chosen)
 
 
-@partial(jax.jit, static_argnames="interpret")
-def _copy(pages: Any, src: jax.Array, dst: jax.Array, *, interpret: Any) -> Any:
+@partial(jax.jit, static_argnames=("tpu", "in_flight"))
+def _copy(pages: Any, src: jax.Array, dst: jax.Array, *, tpu: Tpu, in_flight: int) -> Any:
     size = jax.tree.leaves(pages)[0].shape[0]
     report_out_of_range("src", src, size)
     report_out_of_range("dst", dst, size)
     if src.size == 0:
         return pages
     src, dst, overlap = _plan(src, dst, size)
-    return jax.tree.map(lambda leaf: _copy_leaf(leaf, src, dst, overlap, interpret), pages)
+    return jax.tree.map(lambda leaf: _copy_leaf(leaf, src, dst, overlap, tpu, in_flight), pages)
 
 
 def _plan(src: jax.Array, dst: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -52,53 +54,69 @@ def _plan(src: jax.Array, dst: jax.Array, size: int) -> tuple[jax.Array, jax.Arr
     return src, dst, overlap.astype(jnp.int32).reshape(1)
 
 
-def _copy_leaf(pages: jax.Array, src: jax.Array, dst: jax.Array, overlap: jax.Array, interpret: Any) -> jax.Array:
+def _copy_leaf(
+    pages: jax.Array, src: jax.Array, dst: jax.Array, overlap: jax.Array, tpu: Tpu, in_flight: int
+) -> jax.Array:
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     staging = jax.ShapeDtypeStruct((*src.shape, *pages.shape[1:]), pages.dtype)
+    pieces = id_pieces(src)
+    ids = pieces.spec(lambda turn, i, _: i)
     copied, _ = pl.pallas_call(
-        _kernel,
+        partial(_kernel, number=src.size, in_flight=in_flight),
         out_shape=(jax.ShapeDtypeStruct(pages.shape, pages.dtype), staging),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(),
-            in_specs=[anywhere],
+            num_scalar_prefetch=1,
+            grid=(2, pieces.number),
+            in_specs=[ids, ids, anywhere],
             out_specs=(anywhere, anywhere),
-            scratch_shapes=[pltpu.SemaphoreType.DMA((IN_FLIGHT,))],
+            scratch_shapes=[pltpu.SemaphoreType.DMA((in_flight,))],
         ),
         input_output_aliases={3: 0},
-        interpret=interpret,
+        compiler_params=compiler_params("arbitrary", "arbitrary"),
+        interpret=tpu.interpret,
         name="paged_copy",
-    )(src, dst, overlap, pages)
+    )(overlap, pieces.fill(src), pieces.fill(dst), pages)
     return copied
 
 
-def _kernel(src: Any, dst: Any, overlap: Any, unaliased: Any, pages: Any, staging: Any, semaphores: Any) -> None:
-    """src, dst i32[n] and overlap i32[1] in scalar memory; pages and staging, n pages, in HBM."""
+def _kernel(
+    overlap: Any,
+    src: Any,
+    dst: Any,
+    unaliased: Any,
+    pages: Any,
+    staging: Any,
+    semaphores: Any,
+    *,
+    number: int,
+    in_flight: int,
+) -> None:
+    """overlap i32[1] and a piece of the ``number`` pairs in scalar memory; pages, and staging for as many, in HBM.
+
+    Every piece has two turns. The second ones come after all the first: so all reads come before all writes.
+    """
     del unaliased  # the same memory as pages
+    turn, first = pl.program_id(0), pl.program_id(1) * src.shape[0]
+    count = jnp.minimum(src.shape[0], number - first)
 
     def copy_all(source: Any, target: Any) -> None:
-        """Copy ``source(i)`` to ``target(i)`` for every pair i."""
+        """Copy ``source(i)`` to ``target(i)`` for every pair i of the piece."""
 
         def copy(index: Any) -> tuple[Any, Any]:
-            semaphore = semaphores.at[index % IN_FLIGHT]
+            semaphore = semaphores.at[index % in_flight]
             return src[index] >= 0, pltpu.make_async_copy(source(index), target(index), semaphore)
 
-        copy_in_flight(0, src.shape[0], copy, IN_FLIGHT)
+        copy_in_flight(count, copy, in_flight)
 
     def read(index: Any) -> Any:
         return pages.at[jnp.maximum(src[index], 0)]
 
     def staged(index: Any) -> Any:
-        return staging.at[index]
+        return staging.at[first + index]
 
     def write(index: Any) -> Any:
         return pages.at[jnp.maximum(dst[index], 0)]
 
-    @pl.when(overlap[0] == 0)
-    def _() -> None:
-        copy_all(read, write)
-
-    @pl.when(overlap[0] != 0)
-    def _() -> None:  # copy_all returns when every copy is done, so all reads come before all writes
-        copy_all(read, staged)
-        copy_all(staged, write)
+    pl.when((turn == 0) & (overlap[0] == 0))(lambda: copy_all(read, write))
+    pl.when((turn == 0) & (overlap[0] != 0))(lambda: copy_all(read, staged))
+    pl.when((turn == 1) & (overlap[0] != 0))(lambda: copy_all(staged, write))

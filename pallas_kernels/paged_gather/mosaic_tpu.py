@@ -10,46 +10,46 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mosaic_tpu import copy_in_flight, require_scalars, require_tiles, require_tpu
+from pallas_kernels.mosaic_tpu import MOVES, compiler_params, copy_in_flight, id_pieces, require_tiles
 from pallas_kernels.page_ids import report_out_of_range
-
-IN_FLIGHT = 16
+from pallas_kernels.tpu import Tpu, target_tpu
+from pallas_kernels.tuning import parameters
 
 
 def paged_gather(pages: jax.Array, ids: jax.Array) -> jax.Array:
     """``pages[ids]``, zeros where the id is no page; see the public function."""
-    interpret = require_tpu()
-    require_tiles(pages, interpret=interpret)
-    require_scalars(ids.size)
-    return _gather(pages, ids, interpret=interpret)
+    tpu = target_tpu()
+    require_tiles(pages, tpu=tpu)
+    shape = {"page_bytes": pages[0].size * pages.dtype.itemsize}
+    chosen = parameters("paged_gather", "mosaic_tpu", tpu.kind, shape, MOVES)
+    return _gather(pages, ids, tpu=tpu, **chosen)
 
 
-@partial(jax.jit, static_argnames="interpret")
-def _gather(pages: jax.Array, ids: jax.Array, *, interpret: Any) -> jax.Array:
+@partial(jax.jit, static_argnames=("tpu", "in_flight"))
+def _gather(pages: jax.Array, ids: jax.Array, *, tpu: Tpu, in_flight: int) -> jax.Array:
     report_out_of_range("ids", ids, pages.shape[0])
     if ids.size == 0:
         return jnp.zeros((0, *pages.shape[1:]), pages.dtype)
+    pieces = id_pieces(ids)
     return pl.pallas_call(
-        _kernel,
+        partial(_kernel, number=ids.size, in_flight=in_flight),
         out_shape=jax.ShapeDtypeStruct((*ids.shape, *pages.shape[1:]), pages.dtype),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
-            scratch_shapes=[
-                pltpu.VMEM(pages.shape[1:], pages.dtype),
-                pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
-            ],
-        ),
-        interpret=interpret,
+        grid=(pieces.number,),
+        in_specs=[pieces.spec(lambda i: i), pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        scratch_shapes=[pltpu.VMEM(pages.shape[1:], pages.dtype), pltpu.SemaphoreType.DMA((in_flight,))],
+        compiler_params=compiler_params("arbitrary"),
+        interpret=tpu.interpret,
         name="paged_gather",
-    )(ids, pages)
+    )(pieces.fill(ids), pages)
 
 
-def _kernel(ids: Any, pages: Any, out: Any, zeros: Any, semaphores: Any) -> None:
-    """ids i32[n] in scalar memory, pages and out [n, kv_heads, block_size, head_dim] in HBM, zeros one page."""
+def _kernel(ids: Any, pages: Any, out: Any, zeros: Any, semaphores: Any, *, number: int, in_flight: int) -> None:
+    """A piece of the ``number`` ids in scalar memory, pages and out [number, kv_heads, block_size, head_dim] in HBM,
+    zeros one page."""
     num_pages = pages.shape[0]
+    first = pl.program_id(0) * ids.shape[0]
+    count = jnp.minimum(ids.shape[0], number - first)
     zeros[...] = jnp.zeros_like(zeros)
 
     def is_page(index: Any) -> Any:
@@ -57,12 +57,12 @@ def _kernel(ids: Any, pages: Any, out: Any, zeros: Any, semaphores: Any) -> None
 
     def copy_page(index: Any) -> tuple[Any, Any]:
         page = jnp.where(is_page(index), ids[index], 0)
-        semaphore = semaphores.at[index % IN_FLIGHT]
-        return is_page(index), pltpu.make_async_copy(pages.at[page], out.at[index], semaphore)
+        semaphore = semaphores.at[index % in_flight]
+        return is_page(index), pltpu.make_async_copy(pages.at[page], out.at[first + index], semaphore)
 
     def copy_zeros(index: Any) -> tuple[Any, Any]:
-        semaphore = semaphores.at[index % IN_FLIGHT]
-        return ~is_page(index), pltpu.make_async_copy(zeros, out.at[index], semaphore)
+        semaphore = semaphores.at[index % in_flight]
+        return ~is_page(index), pltpu.make_async_copy(zeros, out.at[first + index], semaphore)
 
-    copy_in_flight(0, ids.shape[0], copy_page, IN_FLIGHT)
-    copy_in_flight(0, ids.shape[0], copy_zeros, IN_FLIGHT)
+    copy_in_flight(count, copy_page, in_flight)
+    copy_in_flight(count, copy_zeros, in_flight)

@@ -21,16 +21,17 @@ from pallas_kernels.compressed_slots import CompressedSlotMapping
 from pallas_kernels.mosaic_tpu import (
     compiler_params,
     require_arithmetic,
-    require_scalars,
     require_tiles,
-    require_tpu,
     tile_rows,
 )
 from pallas_kernels.number_format import encode, per_head
 from pallas_kernels.page_ids import report_out_of_range
 from pallas_kernels.paged_write.reference import slots_and_tokens
+from pallas_kernels.tpu import Tpu, target_tpu
+from pallas_kernels.tuning import next_power_of_2, parameters
 
 FEW_TOKENS = 512
+MAX_RUNS = 2**16  # of a call: three numbers each in scalar memory
 MAX_STRIP_ROWS = 128
 MAX_STRIP_BYTES = 2**20
 
@@ -47,13 +48,56 @@ def paged_write(
     kv_dtype: jnp.dtype,
 ) -> tuple[jax.Array, jax.Array]:
     """Write tokens into slots; see the public function."""
-    interpret = require_tpu()
-    require_tiles(k_pages, v_pages, interpret=interpret)
+    tpu = target_tpu()
+    require_tiles(k_pages, v_pages, tpu=tpu)
     require_arithmetic(k.dtype, v.dtype, kv_dtype)
-    require_scalars(3 * k.shape[0])
     if k.shape[0] == 0:
         return k_pages, v_pages
-    return _write(k_pages, v_pages, k, v, slot_mapping, k_scale, v_scale, kv_dtype=kv_dtype, interpret=interpret)
+    chosen = choose_parameters(tpu, k_pages, v_pages, k.shape[0])
+    return _write(k_pages, v_pages, k, v, slot_mapping, k_scale, v_scale, kv_dtype=kv_dtype, tpu=tpu, **chosen)
+
+
+def choose_parameters(tpu: Tpu, k_pages: jax.Array, v_pages: jax.Array, num_tokens: int) -> dict[str, int]:
+    """Rows of a strip, from the tuning table or by rule.
+
+    Raises:
+        ValueError: the table's are no whole tiles that divide a page.
+    """
+    _, kv_heads, block_size, head_dim = k_pages.shape
+    shape = {
+        "kv_heads": kv_heads,
+        "block_size": block_size,
+        "head_dim": head_dim,
+        "itemsize": k_pages.dtype.itemsize,
+        "tokens": next_power_of_2(num_tokens),
+    }
+    chosen = parameters("paged_write", "mosaic_tpu", tpu.kind, shape, heuristic(k_pages, v_pages, num_tokens))
+    rows = chosen["strip_rows"]
+    if block_size % rows or (rows != block_size and rows % _fewest_rows(k_pages)):
+        raise ValueError(
+            f"paged_write, mosaic_tpu: got strips of {rows} rows, want multiples of {_fewest_rows(k_pages)} that "
+            f"divide a block of {block_size}, or {block_size}"
+        )
+    return chosen
+
+
+def heuristic(k_pages: jax.Array, v_pages: jax.Array, num_tokens: int) -> dict[str, int]:
+    """Rows of a strip: whole tiles that divide a page; few where tokens are few (decode), many for prefill."""
+    _, kv_heads, block_size, _ = k_pages.shape
+    rows = _fewest_rows(k_pages)
+    if block_size % rows:
+        return {"strip_rows": block_size}
+    if num_tokens <= FEW_TOKENS:
+        return {"strip_rows": rows}
+    row_bytes = kv_heads * max(k_pages.shape[3], v_pages.shape[3]) * k_pages.dtype.itemsize
+    limit = min(MAX_STRIP_ROWS, MAX_STRIP_BYTES // row_bytes)
+    while block_size % (2 * rows) == 0 and 2 * rows <= limit:
+        rows *= 2
+    return {"strip_rows": rows}
+
+
+def _fewest_rows(k_pages: jax.Array) -> int:
+    return max(tile_rows(k_pages.dtype), 16)
 
 
 class Runs(NamedTuple):
@@ -83,8 +127,13 @@ class Runs(NamedTuple):
         number = jnp.maximum(jnp.sum(starts, dtype=jnp.int32), 1)
         return cls(jnp.maximum(slots[order], 0), tokens[order], length, number)
 
+    def part(self, first: int, most: int) -> Runs:
+        """Runs ``first`` to ``first + most``; where there are none, one of length 0."""
+        slot, token, length = (field[first : first + most] for field in self[:3])
+        return Runs(slot, token, length, jnp.clip(self.number - first, 1, most))
 
-@partial(jax.jit, static_argnames=("kv_dtype", "interpret"))
+
+@partial(jax.jit, static_argnames=("kv_dtype", "tpu", "strip_rows"))
 def _write(
     k_pages: jax.Array,
     v_pages: jax.Array,
@@ -95,7 +144,8 @@ def _write(
     v_scale: Any,
     *,
     kv_dtype: jnp.dtype,
-    interpret: Any,
+    tpu: Tpu,
+    strip_rows: int,
 ) -> tuple[jax.Array, jax.Array]:
     num_pages, kv_heads, block_size, _ = k_pages.shape
     slots, tokens = slots_and_tokens(slot_mapping, k.shape[0])
@@ -103,9 +153,30 @@ def _write(
     report_out_of_range("slot_mapping", slots, num_pages * block_size)
     page = slots // block_size
     slots = jnp.where((page >= 0) & (page < num_pages), slots, -1)
-    rows = _strip_rows(k_pages, v_pages, k.shape[0])
-    runs = Runs.create(slots, tokens, rows)
-    scales = [jnp.broadcast_to(1.0 if s is None else per_head(s), kv_heads) for s in (k_scale, v_scale)]
+    runs = Runs.create(slots, tokens, strip_rows)
+    k_rows, v_rows = (_by_head(x, pages.shape[3], strip_rows) for x, pages in ((k, k_pages), (v, v_pages)))
+    scales = jnp.stack([jnp.broadcast_to(1.0 if s is None else per_head(s), kv_heads) for s in (k_scale, v_scale)])
+    kernel = partial(_kernel, widths=(k.shape[2], v.shape[2]), kv_dtype=kv_dtype)
+    for first in range(0, slots.size, MAX_RUNS):
+        part = runs.part(first, MAX_RUNS)
+        k_pages, v_pages = _write_runs(kernel, part, scales, k_rows, v_rows, k_pages, v_pages, strip_rows, tpu)
+    return k_pages, v_pages
+
+
+def _write_runs(
+    kernel: Any,
+    runs: Runs,
+    scales: jax.Array,
+    k_rows: jax.Array,
+    v_rows: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    rows: int,
+    tpu: Tpu,
+) -> tuple[jax.Array, jax.Array]:
+    """One call: as many runs as have room in scalar memory."""
+    _, kv_heads, block_size, k_width = k_pages.shape
+    v_width = v_pages.shape[3]
 
     def strip(width: int) -> pl.BlockSpec:
         def place(i: Any, slot: Any, *_: Any) -> tuple[Any, ...]:
@@ -119,9 +190,6 @@ def _write(
 
         return pl.BlockSpec((kv_heads, rows, width), place)
 
-    k_width, v_width = k_pages.shape[3], v_pages.shape[3]
-    k_rows, v_rows = _by_head(k, k_width, rows), _by_head(v, v_width, rows)
-    kernel = partial(_kernel, widths=(k.shape[2], v.shape[2]), kv_dtype=kv_dtype)
     return pl.pallas_call(
         kernel,
         out_shape=tuple(jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (k_pages, v_pages)),
@@ -139,31 +207,9 @@ def _write(
         ),
         input_output_aliases={8: 0, 9: 1},
         compiler_params=compiler_params("arbitrary"),
-        interpret=interpret,
+        interpret=tpu.interpret,
         name="paged_write",
-    )(
-        runs.slot,
-        runs.token,
-        runs.length,
-        jnp.stack(scales),
-        *(k_rows, k_rows, v_rows, v_rows),
-        *(k_pages, v_pages),
-    )
-
-
-def _strip_rows(k_pages: jax.Array, v_pages: jax.Array, num_tokens: int) -> int:
-    """Rows of a strip: whole tiles that divide a page; few where tokens are few (decode), many for prefill."""
-    _, kv_heads, block_size, _ = k_pages.shape
-    rows = max(tile_rows(k_pages.dtype), 16)
-    if block_size % rows:
-        return block_size
-    if num_tokens <= FEW_TOKENS:
-        return rows
-    row_bytes = kv_heads * max(k_pages.shape[3], v_pages.shape[3]) * k_pages.dtype.itemsize
-    limit = min(MAX_STRIP_ROWS, MAX_STRIP_BYTES // row_bytes)
-    while block_size % (2 * rows) == 0 and 2 * rows <= limit:
-        rows *= 2
-    return rows
+    )(runs.slot, runs.token, runs.length, scales, k_rows, k_rows, v_rows, v_rows, k_pages, v_pages)
 
 
 def _by_head(values: jax.Array, width: int, rows: int) -> jax.Array:

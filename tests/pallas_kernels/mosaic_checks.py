@@ -1,6 +1,7 @@
 """One comparison with numpy for each operation, of a Mosaic TPU form or of a broken copy of it, interpreted.
 
-The interpreter is the strict one: a copy that nobody waited for has not happened, an access out of range raises.
+The interpreter is the strict one, where no other is asked for: a copy that nobody waited for has not happened, an
+access out of range raises. The other one does a copy when it is started.
 """
 
 from __future__ import annotations
@@ -47,19 +48,22 @@ OPTIONAL = [
 ]
 
 
+STRICT = pltpu.InterpretParams()
+
+
 @contextmanager
-def interpreted() -> Iterator[None]:
-    """Under the strict interpreter, whose memory is cleared after."""
+def interpreted(mode: Any = STRICT) -> Iterator[None]:
+    """Under an interpreter, by default the strict one, whose memory is cleared after."""
     try:
-        with interpret_pallas(pltpu.InterpretParams()):
+        with interpret_pallas(mode):
             yield
     finally:
         pltpu.reset_tpu_interpret_mode_state()
 
 
-def run(form: Form, *arrays: Any, **static: Any) -> Any:
+def run(form: Form, *arrays: Any, mode: Any = STRICT, **static: Any) -> Any:
     """The form's result as numpy arrays, or the error that it raises."""
-    with interpreted():
+    with interpreted(mode):
         compiled = jax.jit(lambda arrays: form(*arrays, **static), compiler_options=QUICKLY)
         return jax.tree.map(np.asarray, compiled(arrays))
 
@@ -95,10 +99,10 @@ def check_merge(form: Form, case: MergeCase) -> None:
     chex.assert_trees_all_close(lse.astype(np.float64), expected[1], atol=1e-5, rtol=1e-6)
 
 
-def check_attention(form: Form, case: AttentionCase) -> None:
+def check_attention(form: Form, case: AttentionCase, mode: Any = STRICT) -> None:
     inputs = attention_inputs.make_inputs(case)
     given, static = check_arguments(**{**dict.fromkeys(OPTIONAL), **inputs.arguments, "return_lse": True})
-    out, lse = run(lambda given: form(**given, **static), given)
+    out, lse = run(lambda given: form(**given, **static), given, mode=mode)
     assert out.dtype == jnp.dtype(case.q_dtype)
     # Products of bfloat16 take weights of bfloat16, as everybody's do; everything else is float32.
     tolerance = {"float32": 2e-5, "bfloat16": 2e-2}[case.q_dtype] * (20 if case.scale and case.scale > 10 else 1)

@@ -12,9 +12,10 @@ import pytest
 from pallas_kernels import paged_attention
 from pallas_kernels.interpret import interpret_pallas
 from pallas_kernels.paged_attention import mosaic_tpu
+from pallas_kernels.tuning import forced
 from tests.pallas_kernels.attention_cases import CASES, AttentionCase
 from tests.pallas_kernels.attention_inputs import make_inputs
-from tests.pallas_kernels.mosaic_checks import QUICKLY, check_attention, interpreted
+from tests.pallas_kernels.mosaic_checks import QUICKLY, STRICT, check_attention, interpreted
 
 ALL = {case.name: case for case in CASES}
 
@@ -30,9 +31,48 @@ INTERPRETED = [
 ]
 
 
+# Tables of several pieces: the items start in any of them, and steps run from one into the next.
+WIDE = [
+    AttentionCase("wide-window", kv_lens=(300, 5, 140, 260), block_size=1, sliding_window=9),
+    AttentionCase("wide-steps", kv_lens=(300, 129), query_lens=(2, 9), block_size=1, num_padding_columns=0),
+    AttentionCase("wide-shuffled", kv_lens=(280, 20, 150), block_size=1, positions="shuffled", sliding_window=60),
+    AttentionCase("wide-holes", kv_lens=(500, 300), query_lens=(20, 1), block_size=2, holes=((0, 130), (1, 128))),
+]
+
+
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_against_float64(name: str) -> None:
     check_attention(mosaic_tpu.paged_attention, ALL[name])
+
+
+@pytest.mark.parametrize("mode", [STRICT, True], ids=["strict", "forgiving"])
+@pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
+def test_tables_of_several_pieces(case: AttentionCase, mode: Any) -> None:
+    with forced("paged_attention", decode_pages=20, prefill_pages=50):
+        check_attention(mosaic_tpu.paged_attention, case, mode)
+
+
+@pytest.mark.parametrize("name", ["decode", "mixed-long", "shuffled-holes", "everything"])
+def test_with_copies_done_when_they_start(name: str) -> None:
+    """In the other interpreter, where a buffer that is still needed is overwritten at once."""
+    with forced("paged_attention", decode_pages=4, prefill_pages=8):
+        check_attention(mosaic_tpu.paged_attention, ALL[name], True)
+
+
+def test_a_table_larger_than_scalar_memory() -> None:
+    """16 MiB of it, and as much of positions; what is read lies at its end."""
+    arguments = make_inputs(AttentionCase("end", kv_lens=(30, 64), positions="shuffled", holes=((1, 2),))).arguments
+    given = {name: arguments[name] for name in ("block_tables", "block_positions")}
+    wide = {
+        name: np.pad(table, ((0, 0), (2**21 - table.shape[1], 0)), constant_values=-1) for name, table in given.items()
+    }
+
+    def attend(tables: Any) -> Any:
+        return paged_attention(**{**arguments, **tables}, return_lse=True, implementation="mosaic_tpu")
+
+    with interpreted():
+        compiled = jax.jit(attend, compiler_options=QUICKLY)
+        chex.assert_trees_all_close(compiled(wide), compiled(given), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["q-float16"])
@@ -45,9 +85,14 @@ def test_refuses_what_it_cannot_with_the_reason() -> None:
     arguments = make_inputs(ALL["decode"]).arguments
     with pytest.raises(NotImplementedError, match="run on a TPU, and this is for a cpu"):
         paged_attention(**arguments, implementation="mosaic_tpu")
-    wide = np.full((len(arguments["kv_lens"]), 2**18), -1, np.int32)
+    seqs = 2**16
+    many = {
+        "q": np.zeros((seqs, 4, 16), np.float32),
+        "block_tables": np.full((seqs, 1), -1, np.int32),
+        "kv_lens": np.ones(seqs, np.int32),
+    }
     with interpret_pallas(), pytest.raises(NotImplementedError, match="scalar memory"):
-        paged_attention(**{**arguments, "block_tables": wide}, implementation="mosaic_tpu")
+        jax.eval_shape(lambda: paged_attention(**{**arguments, **many}, implementation="mosaic_tpu"))
 
 
 def test_traced_options_in_one_compiled_scan() -> None:
