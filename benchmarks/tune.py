@@ -30,23 +30,30 @@ from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
 Space = dict[str, list[int]]
 NOISE = 0.02
 
-# Values to try, by operation and what is tuned of it. A parameter that a form does not have is left out.
+# Values to try, by operation and what is tuned of it, for GPUs and TPUs. What a form has no parameter for is left out.
 SPACES: dict[str, Space] = {
-    "paged_gather": {"words": [1024, 2048, 4096, 8192], "num_warps": [4, 8]},
-    "paged_copy": {"words": [1024, 2048, 4096, 8192], "num_warps": [4, 8]},
-    "paged_write": {"tokens": [1, 2, 4, 8], "num_warps": [2, 4, 8]},
-    "merge_attention_states": {"numbers": [512, 1024, 2048, 4096], "num_warps": [2, 4, 8]},
+    "paged_gather": {"words": [1024, 2048, 4096, 8192], "num_warps": [4, 8], "in_flight": [4, 8, 16, 32, 64]},
+    "paged_copy": {"words": [1024, 2048, 4096, 8192], "num_warps": [4, 8], "in_flight": [4, 8, 16, 32, 64]},
+    "paged_write": {"tokens": [1, 2, 4, 8], "num_warps": [2, 4, 8], "strip_rows": [16, 32, 64, 128, 256]},
+    "merge_attention_states": {
+        "numbers": [512, 1024, 2048, 4096],
+        "num_warps": [2, 4, 8],
+        "rows": [128, 256, 512, 1024, 2048],
+    },
     "paged_attention decode": {
         "decode_keys": [16, 32, 64, 128],
         "decode_warps": [2, 4, 8],
         "decode_stages": [2, 3, 4, 5],
         "programs_per_core": [2, 4, 8],
+        "decode_pages": [4, 8, 16, 32, 64, 128],
     },
     "paged_attention prefill": {
         "prefill_rows": [64, 128],
         "prefill_keys": [32, 64, 128],
         "prefill_warps": [4, 8],
         "prefill_stages": [2, 3, 4],
+        "prefill_pages": [8, 16, 32, 64],
+        "prefill_queries": [32, 64, 128, 256],
     },
 }
 

@@ -9,7 +9,7 @@ Mosaic reads them, so every call would copy the whole pool: store them padded to
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -18,13 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import Tpu
+from pallas_kernels.tuning import parameters
 
 LANES = 128
 MAX_VMEM_BYTES = 48 * 2**20
 MAX_SMEM_BYTES = 960 * 2**10  # of the 1 MiB that every TPU has; the compiler wants some
 IDS_A_PIECE = 8192
-# What is tuned of moving pages: transfers at a time.
-MOVES = {"in_flight": 16}
+IN_FLIGHT = 16
 
 
 def require_arithmetic(*dtypes: Any) -> None:
@@ -69,6 +69,16 @@ def require_scalars(count: int) -> None:
         )
 
 
+def require_parameters(operation: str, chosen: Mapping[str, int], fit: bool, want: str) -> None:
+    """What the tuning table or its user chose can be made a kernel of.
+
+    Raises:
+        ValueError: it cannot; no ``NotImplementedError``, for which another form would run instead.
+    """
+    if not fit:
+        raise ValueError(f"{operation}, mosaic_tpu: got parameters {dict(chosen)}, want {want}")
+
+
 def compiler_params(*grid: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
     """Parameters of a kernel, with the semantics of each dimension of its grid."""
     return pltpu.CompilerParams(dimension_semantics=grid, vmem_limit_bytes=MAX_VMEM_BYTES)
@@ -77,6 +87,18 @@ def compiler_params(*grid: Literal["parallel", "arbitrary"]) -> pltpu.CompilerPa
 def tile_rows(dtype: Any) -> int:
     """Rows in a tile of ``dtype``: 8 of 4 bytes, 16 of 2, 32 of 1."""
     return 32 // jnp.dtype(dtype).itemsize
+
+
+def transfers_at_a_time(operation: str, tpu: Tpu, pages: jax.Array) -> int:
+    """For an operation that moves pages, from the tuning table or by rule.
+
+    Raises:
+        ValueError: the table's is less than 1.
+    """
+    shape = {"page_bytes": pages[0].size * pages.dtype.itemsize}
+    chosen = parameters(operation, "mosaic_tpu", tpu.kind, shape, {"in_flight": IN_FLIGHT})
+    require_parameters(operation, chosen, chosen["in_flight"] >= 1, "at least 1")
+    return chosen["in_flight"]
 
 
 @dataclasses.dataclass(frozen=True)

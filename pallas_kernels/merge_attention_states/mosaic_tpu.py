@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.mosaic_tpu import LANES, compiler_params, require_arithmetic
+from pallas_kernels.mosaic_tpu import LANES, compiler_params, require_arithmetic, require_parameters
 from pallas_kernels.tpu import Tpu, target_tpu
 from pallas_kernels.tuning import parameters
 
@@ -25,6 +25,8 @@ def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array,
     states, head_dim = outs.shape[0], outs.shape[-1]
     shape = {"states": states, "head_dim": head_dim, "itemsize": outs.dtype.itemsize}
     chosen = parameters("merge_attention_states", "mosaic_tpu", tpu.kind, shape, heuristic(states, head_dim))
+    fit = chosen["rows"] >= LANES and chosen["rows"] % LANES == 0
+    require_parameters("merge_attention_states", chosen, fit, f"multiples of {LANES}")
     return _merge(outs, lses, tpu=tpu, **chosen)
 
 

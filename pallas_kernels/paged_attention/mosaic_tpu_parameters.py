@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.mosaic_tpu import require_parameters
 from pallas_kernels.tpu import Tpu
 from pallas_kernels.tuning import next_power_of_2, parameters
 
@@ -49,8 +50,7 @@ def choose_parameters(tpu: Tpu, q: jax.Array, k_pages: jax.Array, v_pages: jax.A
     page_bytes = kv_heads * block_size * (k_pages.shape[3] + v_pages.shape[3]) * k_pages.dtype.itemsize
     rule = heuristic(kv_heads, group, block_size, page_bytes)
     chosen = parameters("paged_attention", "mosaic_tpu", tpu.kind, shape, rule)
-    if min(chosen.values()) < 1:
-        raise ValueError(f"paged_attention, mosaic_tpu: got parameters {chosen}, want at least 1 of each")
+    require_parameters("paged_attention", chosen, min(chosen.values()) >= 1, "at least 1 of each")
     return Parameters(**chosen)
 
 

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mosaic_tpu import MOVES, compiler_params, copy_in_flight, id_pieces, require_tiles
+from pallas_kernels.mosaic_tpu import compiler_params, copy_in_flight, id_pieces, require_tiles, transfers_at_a_time
 from pallas_kernels.page_ids import report_out_of_range
 from pallas_kernels.tpu import Tpu, target_tpu
-from pallas_kernels.tuning import parameters
 
 
 def paged_copy(pages: Any, src: jax.Array, dst: jax.Array) -> Any:
@@ -21,9 +20,7 @@ def paged_copy(pages: Any, src: jax.Array, dst: jax.Array) -> Any:
     tpu = target_tpu()
     leaves = jax.tree.leaves(pages)
     require_tiles(*leaves, tpu=tpu)
-    shape = {"page_bytes": leaves[0][0].size * leaves[0].dtype.itemsize}
-    chosen = parameters("paged_copy", "mosaic_tpu", tpu.kind, shape, MOVES)
-    return _copy(pages, src, dst, tpu=tpu, **chosen)
+    return _copy(pages, src, dst, tpu=tpu, in_flight=transfers_at_a_time("paged_copy", tpu, leaves[0]))
 
 
 @partial(jax.jit, static_argnames=("tpu", "in_flight"))

@@ -10,19 +10,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mosaic_tpu import MOVES, compiler_params, copy_in_flight, id_pieces, require_tiles
+from pallas_kernels.mosaic_tpu import compiler_params, copy_in_flight, id_pieces, require_tiles, transfers_at_a_time
 from pallas_kernels.page_ids import report_out_of_range
 from pallas_kernels.tpu import Tpu, target_tpu
-from pallas_kernels.tuning import parameters
 
 
 def paged_gather(pages: jax.Array, ids: jax.Array) -> jax.Array:
     """``pages[ids]``, zeros where the id is no page; see the public function."""
     tpu = target_tpu()
     require_tiles(pages, tpu=tpu)
-    shape = {"page_bytes": pages[0].size * pages.dtype.itemsize}
-    chosen = parameters("paged_gather", "mosaic_tpu", tpu.kind, shape, MOVES)
-    return _gather(pages, ids, tpu=tpu, **chosen)
+    return _gather(pages, ids, tpu=tpu, in_flight=transfers_at_a_time("paged_gather", tpu, pages))
 
 
 @partial(jax.jit, static_argnames=("tpu", "in_flight"))

@@ -21,6 +21,7 @@ from pallas_kernels.compressed_slots import CompressedSlotMapping
 from pallas_kernels.mosaic_tpu import (
     compiler_params,
     require_arithmetic,
+    require_parameters,
     require_tiles,
     tile_rows,
 )
@@ -72,12 +73,9 @@ def choose_parameters(tpu: Tpu, k_pages: jax.Array, v_pages: jax.Array, num_toke
         "tokens": next_power_of_2(num_tokens),
     }
     chosen = parameters("paged_write", "mosaic_tpu", tpu.kind, shape, heuristic(k_pages, v_pages, num_tokens))
-    rows = chosen["strip_rows"]
-    if block_size % rows or (rows != block_size and rows % _fewest_rows(k_pages)):
-        raise ValueError(
-            f"paged_write, mosaic_tpu: got strips of {rows} rows, want multiples of {_fewest_rows(k_pages)} that "
-            f"divide a block of {block_size}, or {block_size}"
-        )
+    rows, fewest = chosen["strip_rows"], _fewest_rows(k_pages)
+    fit = rows == block_size or (rows >= fewest and rows % fewest == 0 and block_size % rows == 0)
+    require_parameters("paged_write", chosen, fit, f"{block_size} or multiples of {fewest} that divide it")
     return chosen
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import merge_attention_states, paged_copy, paged_gather, paged_write
+from pallas_kernels import merge_attention_states, mosaic_tpu, paged_copy, paged_gather, paged_write
 from pallas_kernels.merge_attention_states import mosaic_tpu as merge
 from pallas_kernels.paged_copy import mosaic_tpu as copy
 from pallas_kernels.paged_gather import mosaic_tpu as gather
@@ -38,6 +38,30 @@ MORE_COPIES = [
     CopyCase("many-pairs-chained", (*range(8),) * 3, (*range(1, 9), *(-1,) * 16)),
 ]
 MORE_GATHERS = [GatherCase("many-ids", (3, -1, 8, 0, 5) * 9)]
+
+
+SEVERAL_PIECES = {
+    "gather": GatherCase("several-pieces", (3, -1, 8, 0, 5, 2, 1) * 3),
+    "copy": CopyCase("several-pieces", (5, 1, 1, 0, 2, 2, 1, 4, 6) * 2, (-1, 3, 4, 8, -1, 6, 7, 0, 5) * 2),
+    "copy-chained": CopyCase("several-pieces-chained", (*range(8), *range(8), 8), (*range(1, 9), *(-1,) * 8, 0)),
+    "write": WriteCase("several-calls", slots=(37, -1, 33, 5, 35, 34, 60, 47, 32, 40, 41, 90), num_tokens=12),
+    "write-padding": WriteCase("several-calls-of-padding", slots=(37, *(-1,) * 12), num_tokens=13),
+}
+
+
+@pytest.mark.parametrize("name", list(SEVERAL_PIECES))
+def test_lists_longer_than_what_has_room_in_scalar_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mosaic_tpu, "IDS_A_PIECE", 4)
+    monkeypatch.setattr(write, "MAX_RUNS", 3)
+    jax.clear_caches()  # of programs for lists as long, in one piece
+    case = SEVERAL_PIECES[name]
+    if isinstance(case, GatherCase):
+        check_gather(gather.paged_gather, case)
+    elif isinstance(case, CopyCase):
+        check_copy(copy.paged_copy, case)
+    else:
+        check_write(write.paged_write, case)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("case", page_cases.GATHER_CASES + MORE_GATHERS, ids=lambda case: case.name)

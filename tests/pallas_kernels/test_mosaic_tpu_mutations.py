@@ -13,22 +13,37 @@ from typing import Any
 import jax
 import pytest
 
+from pallas_kernels.tuning import forced
 from tests.pallas_kernels import merge_cases, page_cases, write_cases
 from tests.pallas_kernels.attention_cases import AttentionCase
-from tests.pallas_kernels.mosaic_checks import check_attention, check_copy, check_gather, check_merge, check_write
+from tests.pallas_kernels.mosaic_checks import (
+    STRICT,
+    check_attention,
+    check_copy,
+    check_gather,
+    check_merge,
+    check_write,
+)
 
 PACKAGE = "pallas_kernels"
 
 
 @dataclasses.dataclass(frozen=True)
 class Mutation:
-    """One place of one file changed: ``old``, which occurs once in module ``where``, becomes ``new``."""
+    """One place of one file changed: ``old``, which occurs once in module ``where``, becomes ``new``.
+
+    ``check`` is a key of CHECKS: an operation, and a word if it has several.
+    """
 
     name: str
-    operation: str
+    check: str
     where: str
     old: str
     new: str
+
+    @property
+    def operation(self) -> str:
+        return self.check.split()[0]
 
 
 def _named(cases: list[Any], name: str) -> Any:
@@ -47,20 +62,33 @@ ATTENTION = AttentionCase(
     sliding_window=60,
     holes=((1, 6),),
 )
+# Rows of the table in several pieces, of which every step needs some, its mask too.
+TABLE = AttentionCase("table", kv_lens=(280, 20, 150), block_size=1, positions="shuffled", sliding_window=60)
+
+
+def _check_attention(form: Callable[..., Any], case: AttentionCase, pages: int, *modes: Any) -> None:
+    for mode in modes:
+        with forced("paged_attention", decode_pages=pages, prefill_pages=pages):
+            check_attention(form, case, mode)
+
+
 CHECKS: dict[str, Callable[[Any], None]] = {
     "paged_gather": lambda form: check_gather(form, _named(page_cases.GATHER_CASES, "padding")),
     "paged_copy": lambda form: check_copy(form, _named(page_cases.COPY_CASES, "permutation")),
     "paged_write": lambda form: check_write(form, _named(write_cases.CASES, "e4m3-bits")),
     "merge_attention_states": lambda form: check_merge(form, _named(merge_cases.CASES, "some-unseen")),
-    "paged_attention": lambda form: check_attention(form, ATTENTION),
+    "paged_attention": lambda form: _check_attention(form, ATTENTION, 2, STRICT),
+    "paged_attention table": lambda form: _check_attention(form, TABLE, 20, STRICT, True),
 }
 
 SHARED = "mosaic_tpu"
-KEYS_A_STEP = 32
 KERNEL = "paged_attention.mosaic_tpu_kernel"
+PAGES = "paged_attention.mosaic_tpu_pages"
+MEMORY = "paged_attention.mosaic_tpu_memory"
 NOTHING = "from __future__ import annotations"
 MUTATIONS = [
-    *[Mutation(f"{name}-unbroken", name, f"{name}.mosaic_tpu", NOTHING, NOTHING) for name in CHECKS],
+    *[Mutation(f"{name}-unbroken", name, f"{name.split()[0]}.mosaic_tpu", NOTHING, NOTHING) for name in CHECKS],
+    Mutation("attention-unbroken-inside", "paged_attention", PAGES, NOTHING, NOTHING),
     *[
         Mutation(f"{name}-missing-wait", name, SHARED, "pl.when(wanted)(descriptor.wait)", "pass")
         for name in ("paged_gather", "paged_copy")
@@ -69,15 +97,15 @@ MUTATIONS = [
         "paged_gather-last-page-left-out",
         "paged_gather",
         "paged_gather.mosaic_tpu",
-        "copy_in_flight(0, ids.shape[0], copy_page",
-        "copy_in_flight(0, ids.shape[0] - 2, copy_page",
+        "copy_in_flight(count, copy_page",
+        "copy_in_flight(count - 2, copy_page",
     ),
     Mutation(
-        "paged_copy-first-page-left-out",
+        "paged_copy-last-page-left-out",
         "paged_copy",
         "paged_copy.mosaic_tpu",
-        "copy_in_flight(0, src.shape[0]",
-        "copy_in_flight(1, src.shape[0]",
+        "copy_in_flight(count, copy",
+        "copy_in_flight(count - 1, copy",
     ),
     Mutation(
         "paged_gather-padding-not-zeroed",
@@ -160,14 +188,14 @@ MUTATIONS = [
     Mutation(
         "attention-missing-wait-for-full-steps",
         "paged_attention",
-        KERNEL,
-        "whole, whole, self.scratch.semaphores[1].at[buffer]).wait()",
-        "whole, whole, self.scratch.semaphores[1].at[buffer])",
+        PAGES,
+        "whole, whole, self.scratch.semaphores.pages.at[turn.buffer]).wait()",
+        "whole, whole, self.scratch.semaphores.pages.at[turn.buffer])",
     ),
     Mutation(
         "attention-missing-wait-for-pages",
         "paged_attention",
-        KERNEL,
+        PAGES,
         "                    copy.wait()\n",
         "                    pass\n",
     ),
@@ -176,8 +204,8 @@ MUTATIONS = [
         "attention-buffer-of-the-next-step",
         "paged_attention",
         KERNEL,
-        "self.attend_pages(item, index, step, buffer)",
-        "self.attend_pages(item, index, step, 1 - buffer)",
+        "self.attend_pages(item, turn)",
+        "self.attend_pages(item, turn._replace(count=count + 1))",
     ),
     Mutation(
         "attention-item-left-out",
@@ -235,7 +263,49 @@ MUTATIONS = [
         "* self.scalars.v_scale[head]",
         "* self.scalars.v_scale[0]",
     ),
-    Mutation("attention-hole-read", "paged_attention", KERNEL, "(column < last) & (block >= 0)", "(column < last)"),
+    Mutation("attention-hole-read", "paged_attention", PAGES, " & (block >= 0)", ""),
+    Mutation(
+        "attention-missing-wait-for-the-table",
+        "paged_attention table",
+        PAGES,
+        "self.each_table_copy(turn, lambda copy: copy.wait())",
+        "pass",
+    ),
+    Mutation(
+        "attention-piece-of-the-turn-before",
+        "paged_attention table",
+        PAGES,
+        "entry = turn.table_buffer,",
+        "entry = turn._replace(count=turn.count - 1).table_buffer,",
+    ),
+    Mutation(
+        "attention-piece-of-another-row",
+        "paged_attention table",
+        PAGES,
+        "row = self.scalars.items.sequence[turn.item],",
+        "row = self.scalars.items.sequence[0],",
+    ),
+    Mutation(
+        "attention-first-piece-of-every-row",
+        "paged_attention table",
+        PAGES,
+        "pl.ds(self.piece_start(turn), self.plan.piece)",
+        "pl.ds(0, self.plan.piece)",
+    ),
+    Mutation(
+        "attention-piece-too-short",
+        "paged_attention table",
+        MEMORY,
+        "(self.step + LANES - 1) // LANES",
+        "(self.step) // LANES",
+    ),
+    Mutation(
+        "attention-piece-overwritten-too-soon",
+        "paged_attention table",
+        MEMORY,
+        "TABLE_BUFFERS = 4",
+        "TABLE_BUFFERS = 2",
+    ),
     Mutation(
         "attention-softmax-not-rescaled",
         "paged_attention",
@@ -253,24 +323,35 @@ MUTATIONS = [
 ]
 
 
-@pytest.fixture
-def mutant(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
-    """The operation's form with the mutation in it; its modules are forgotten after."""
-    mutation: Mutation = request.param
+# Modules that import others of ours, after those: a mutation reaches the form through all of them.
+IMPORTING = [f"{PACKAGE}.{PAGES}", f"{PACKAGE}.{KERNEL}"]
+
+
+def _changed_sources(mutation: Mutation) -> dict[str, str]:
+    """The sources of the module with the mutation and of all that import it, the operation's form last."""
     where, form = f"{PACKAGE}.{mutation.where}", f"{PACKAGE}.{mutation.operation}.mosaic_tpu"
     source = inspect.getsource(importlib.import_module(where))
     assert source.count(mutation.old) == 1, "the mutation's place has changed"
     changed = {where: source.replace(mutation.old, mutation.new)}
-    if where != form:
-        importing = inspect.getsource(importlib.import_module(form))
-        assert f"from {where} import" in importing
-        changed[form] = importing.replace(f"from {where} import", f"from mutant.{where} import")
+    for name in (*IMPORTING, form):
+        text = before = inspect.getsource(importlib.import_module(name))
+        for other in changed:
+            text = text.replace(f"from {other} import", f"from mutant.{other} import")
+        if text != before and name not in changed:
+            changed[name] = text
+    assert list(changed)[-1] == form
+    return changed
+
+
+@pytest.fixture
+def mutant(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """The operation's form with the mutation in it; its modules are forgotten after."""
+    mutation: Mutation = request.param
+    changed = _changed_sources(mutation)
     try:
         for name, text in changed.items():
             module = sys.modules[f"mutant.{name}"] = ModuleType(f"mutant.{name}")
             exec(compile(text, f"mutant of {name}", "exec"), module.__dict__)
-        if mutation.operation == "paged_attention":
-            module.KEYS_A_STEP = KEYS_A_STEP  # type: ignore[attr-defined]
         yield getattr(module, mutation.operation)
     finally:
         for name in changed:
@@ -282,20 +363,20 @@ BROKEN = [mutation for mutation in MUTATIONS if mutation.old != mutation.new]
 
 
 @pytest.mark.parametrize(
-    ("mutant", "operation"),
-    [pytest.param(m, m.operation, id=m.name) for m in UNBROKEN],
+    ("mutant", "check"),
+    [pytest.param(m, m.check, id=m.name) for m in UNBROKEN],
     indirect=["mutant"],
 )
-def test_unbroken_copy_passes(mutant: Callable[..., Any], operation: str) -> None:
-    CHECKS[operation](mutant)
+def test_unbroken_copy_passes(mutant: Callable[..., Any], check: str) -> None:
+    CHECKS[check](mutant)
 
 
 @pytest.mark.parametrize(
-    ("mutant", "operation"),
-    [pytest.param(m, m.operation, id=m.name) for m in BROKEN],
+    ("mutant", "check"),
+    [pytest.param(m, m.check, id=m.name) for m in BROKEN],
     indirect=["mutant"],
 )
-def test_broken_copy_is_found_out(mutant: Callable[..., Any], operation: str) -> None:
+def test_broken_copy_is_found_out(mutant: Callable[..., Any], check: str) -> None:
     """By another result, or by the interpreter's own complaint of an access out of range."""
     with pytest.raises((AssertionError, IndexError, jax.errors.JaxRuntimeError)):
-        CHECKS[operation](mutant)
+        CHECKS[check](mutant)
