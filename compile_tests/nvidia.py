@@ -95,6 +95,20 @@ def _parse(report: str) -> list[Resources]:
     return found
 
 
+def offset_widths(dump: Path, kernel: str, parameter: int) -> set[int]:
+    """Bytes of the elements that ``kernel`` counts in, where it adds an offset to a pointer it was given.
+
+    0 for an offset that was made otherwise than by a multiplication of 32 bits by those bytes to 64 bits.
+    """
+    text = next(text for text in (ptx.read_text() for ptx in dump.glob("*.ptx")) if f".entry {kernel}(" in text)
+    pointers = set(re.findall(rf"ld\.param\.[bu]64\s+(%rd\d+), \[{kernel}_param_{parameter}\]", text))
+    for copy, pointer in re.findall(r"cvta\.to\.global\.u64\s+(%rd\d+), (%rd\d+)", text):
+        pointers |= {copy} if pointer in pointers else set()
+    wide = dict(re.findall(r"mul\.wide\.[su]32\s+(%rd\d+), %r\d+, (\d+)", text))
+    added = re.findall(r"add\.s64\s+%rd\d+, (%rd\d+), (%rd\d+)", text)
+    return {int(wide.get(offset, 0)) for pointer, offset in added if pointer in pointers}
+
+
 def ptxas() -> str:
     """The assembler, of a CUDA toolkit or of the wheel ``nvidia-cuda-nvcc-cu12``."""
     try:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from compile_tests.nvidia import GPUS, compile_for, resources
+from compile_tests.nvidia import GPUS, compile_for, offset_widths, resources
 from pallas_kernels import (
     CompressedSlotMapping,
     merge_attention_states,
@@ -30,6 +30,9 @@ FORMATS = {
     "e4m3-bits": (jnp.uint8, jnp.float8_e4m3fn),
     "e5m2": (jnp.float8_e5m2, None),
 }
+ONE_BYTE = ["int8", "e4m3-bits", "e5m2"]
+# Of one byte each, so many elements that 31 bits do not reach the last, and so few that Triton gets no offsets of 64.
+LARGE = 3 * 2**30
 # The shapes whose kernels may not spill a register.
 UNSPILLED = ["Llama-3-8B", "Qwen3-0.6B", "Qwen3-4B", "Qwen3-32B"]
 
@@ -38,6 +41,10 @@ array = jax.ShapeDtypeStruct
 
 def pages_of(shape: AttentionShape, dtype: Any = jnp.bfloat16, block_size: int = BLOCK_SIZE) -> Any:
     return array((NUM_PAGES, shape.kv_heads, block_size, shape.head_dim), dtype)
+
+
+def large_pages_of(shape: AttentionShape, dtype: Any) -> Any:
+    return array((LARGE // (shape.kv_heads * BLOCK_SIZE * shape.head_dim), *pages_of(shape).shape[1:]), dtype)
 
 
 def num_bytes(*arrays: Any) -> int:
@@ -179,6 +186,44 @@ def test_write_is_in_place(name: str, kv_format: str, gpu: str, tmp_path: Path) 
         assert memory.alias_size_in_bytes == num_bytes(pages, pages)
         assert memory.temp_size_in_bytes < 1 << 20
     assert not any(kernel.spilled_bytes for kernel in resources(tmp_path / "0", gpu))
+
+
+@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("kv_format", ONE_BYTE)
+def test_attention_over_2_to_4_gib_of_bytes(kv_format: str, gpu: str, tmp_path: Path) -> None:
+    """Read two by two: no copy, nothing spilled, and every address is its page's base and a 64-bit number of bytes."""
+    storage, kv_dtype = FORMATS[kv_format]
+    shape = SHAPES["Llama-3-8B"]
+    pages = large_pages_of(shape, storage)
+    for tokens in (64, 2048):
+        dump = tmp_path / str(tokens)
+        arguments = attention_arguments(shape, pages, tokens=tokens, seqs=64)
+        memory = compile_for(gpu, attend(shape, kv_dtype), *arguments, dump=dump).memory_analysis()
+        assert memory.temp_size_in_bytes < num_bytes(pages) / 256
+        found = [kernel for kernel in resources(dump, gpu) if kernel.name.startswith("paged_")]
+        assert [kernel for kernel in found if kernel.spilled_bytes] == []
+        for kernel in found:
+            for k_or_v in (1, 2):
+                assert offset_widths(dump, kernel.name, k_or_v) == {2}
+
+
+@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("kv_format", ONE_BYTE)
+def test_write_into_2_to_4_gib_of_bytes(kv_format: str, gpu: str, tmp_path: Path) -> None:
+    storage, kv_dtype = FORMATS[kv_format]
+    shape = SHAPES["Llama-3-8B"]
+    pages = large_pages_of(shape, storage)
+    token = array((4096, shape.kv_heads, shape.head_dim), jnp.bfloat16)
+    write = lambda *x: paged_write(*x, kv_dtype=kv_dtype, **TRITON)  # noqa: E731
+    slots = array((4096,), jnp.int32)
+    compiled = compile_for(gpu, write, pages, pages, token, token, slots, donate=(0, 1), dump=tmp_path)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == num_bytes(pages, pages)
+    assert memory.temp_size_in_bytes < 1 << 20
+    (kernel,) = [kernel for kernel in resources(tmp_path, gpu) if kernel.name.startswith("paged_")]
+    assert not kernel.spilled_bytes
+    for k_or_v in (5, 6):
+        assert offset_widths(tmp_path, kernel.name, k_or_v) == {2}
 
 
 @pytest.mark.parametrize("gpu", list(GPUS))
