@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from compile_tests.tpu import TPUS, compile_for
+from compile_tests.tpu import TPUS, array, assert_in_place, assert_no_copy, compile_for, f32, i32, pool
 from pallas_kernels import (
     CompressedSlotMapping,
     merge_attention_states,
@@ -20,12 +20,9 @@ from pallas_kernels import (
     paged_gather,
     paged_write,
 )
-from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
+from pallas_kernels.paged_attention.shapes import SHAPES
 
 MOSAIC: dict[str, Any] = {"implementation": "mosaic_tpu"}
-POOL_BYTES = 2**30  # of K, and again of V
-# What a program may hold beside the pools: activations, staged pages, the LSE in every lane. Far below a pool.
-ALLOWANCE = 2**27
 FORMATS = {
     "bfloat16": (jnp.bfloat16, None),
     "bfloat16-bits": (jnp.uint16, jnp.bfloat16),
@@ -37,34 +34,6 @@ FORMATS = {
     "e4m3": (jnp.float8_e4m3fn, None),
 }
 TOKENS, SEQS, WIDTH = 256, 32, 128
-
-array = jax.ShapeDtypeStruct
-
-
-def i32(*shape: int) -> Any:
-    return array(shape, jnp.int32)
-
-
-def f32(*shape: int) -> Any:
-    return array(shape, jnp.float32)
-
-
-def pool(shape: AttentionShape, dtype: Any = jnp.bfloat16, block_size: int = 16) -> tuple[Any, Any]:
-    """K and V pages of POOL_BYTES each."""
-    width = -(-shape.head_dim // 128) * 128
-    page = shape.kv_heads * block_size * width * jnp.dtype(dtype).itemsize
-    pages = array((POOL_BYTES // page, shape.kv_heads, block_size, width), dtype)
-    return pages, pages
-
-
-def assert_in_place(compiled: Any, pools: Any) -> None:
-    memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in pools)
-    assert memory.temp_size_in_bytes < ALLOWANCE
-
-
-def assert_no_copy(compiled: Any) -> None:
-    assert compiled.memory_analysis().temp_size_in_bytes < ALLOWANCE
 
 
 @pytest.mark.parametrize("tpu", TPUS)
@@ -159,7 +128,7 @@ def test_every_option_at_once(positions: bool, ragged: bool, tpu: str) -> None:
 @pytest.mark.parametrize("tpu", TPUS)
 @pytest.mark.parametrize("context", [32768, 131072])
 def test_long_contexts(context: int, tpu: str) -> None:
-    """The tables of 32 sequences of 32768 tokens, or of 8 of 131072, in blocks of 16, fit in scalar memory."""
+    """32 sequences of 32768 tokens, or 8 of 131072, in blocks of 16."""
     shape, seqs = SHAPES["Llama-3-8B"], 2**20 // context
     q = array((seqs, shape.q_heads, shape.head_dim), jnp.bfloat16)
 

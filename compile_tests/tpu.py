@@ -11,9 +11,15 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a cloud ser
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody has a TPU here, so any number may load it
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
+from pallas_kernels.paged_attention.shapes import AttentionShape
+
+POOL_BYTES = 2**30  # of K, and again of V
+# What a program may hold beside the pools: activations, staged pages, the LSE in every lane. Far below a pool.
+ALLOWANCE = 2**27
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
@@ -32,3 +38,34 @@ def compile_for(tpu: str, function: Callable[..., Any], *arguments: Any, donate:
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
         lowered = jax.jit(function, donate_argnums=donate).trace(*placed).lower(lowering_platforms=("tpu",))
     return lowered.compile()
+
+
+array = jax.ShapeDtypeStruct
+
+
+def i32(*shape: int) -> Any:
+    return array(shape, jnp.int32)
+
+
+def f32(*shape: int) -> Any:
+    return array(shape, jnp.float32)
+
+
+def pool(shape: AttentionShape, dtype: Any = jnp.bfloat16, block_size: int = 16) -> tuple[Any, Any]:
+    """K and V pages of POOL_BYTES each, head_dim padded to whole lanes."""
+    width = -(-shape.head_dim // 128) * 128
+    page = shape.kv_heads * block_size * width * jnp.dtype(dtype).itemsize
+    pages = array((POOL_BYTES // page, shape.kv_heads, block_size, width), dtype)
+    return pages, pages
+
+
+def assert_in_place(compiled: Any, pools: Any) -> None:
+    """The pools are updated where they are, and nothing like them is held beside."""
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in pools)
+    assert memory.temp_size_in_bytes < ALLOWANCE
+
+
+def assert_no_copy(compiled: Any) -> None:
+    """Nothing like a pool is held beside what is given."""
+    assert compiled.memory_analysis().temp_size_in_bytes < ALLOWANCE
