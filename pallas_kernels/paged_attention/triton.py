@@ -7,6 +7,7 @@ is served by both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from pallas_kernels.paged_attention.triton_items import items_of_long, items_of_
 from pallas_kernels.paged_attention.triton_kernel import LOG2_E, Kernel, Operands
 from pallas_kernels.paged_attention.triton_parameters import Parameters, choose_parameters
 from pallas_kernels.paged_attention.visibility import Visibility
-from pallas_kernels.paged_attention.work_items import Sequences
+from pallas_kernels.paged_attention.work_items import Sequences, report_room
 from pallas_kernels.triton_numbers import viewed
 from pallas_kernels.tuning import next_power_of_2
 
@@ -42,16 +43,16 @@ def paged_attention(
         if size % 16 or size > 512:
             raise NotImplementedError(f"{name} {size}: tiles are made of multiples of 16 up to 512")
     chosen = choose_parameters(gpu, q, k_pages, kwargs["kv_dtype"])
-    return _attend(q, k_pages, v_pages, *args, v_head_dim=v_head_dim, gpu=gpu, chosen=chosen, **kwargs)
+    return attend(q, k_pages, v_pages, *args, v_head_dim=v_head_dim, gpu=gpu, chosen=chosen, **kwargs)
 
 
 @partial(
     jax.jit,
     static_argnames=(
-        "causal", "kv_dtype", "v_head_dim", "return_lse", "max_query_len", "max_kv_len", "gpu", "chosen"
+        "causal", "kv_dtype", "v_head_dim", "return_lse", "max_query_len", "max_kv_len", "gpu", "chosen", "long"
     ),
 )  # fmt: skip
-def _attend(
+def attend(
     q: jax.Array,
     k_pages: jax.Array,
     v_pages: jax.Array,
@@ -76,11 +77,15 @@ def _attend(
     max_kv_len: int | None,
     gpu: Gpu,
     chosen: Parameters,
+    long: Callable[[Attention, Sequences, int], tuple[jax.Array, jax.Array]] | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """``paged_attention`` on ``gpu``; ``long`` does what ``Attention.of_long`` does, in its place."""
     tokens, q_heads, _ = q.shape
     kv_heads = k_pages.shape[1]
     report_out_of_range("block_tables", block_tables, k_pages.shape[0])
     report_lengths(kv_lens, query_start_loc, tokens)
+    if block_positions is None:
+        report_room(kv_lens, block_tables.shape[1], k_pages.shape[2], context_parallel)
     Visibility(causal, sliding_window, chunk_size).report()
     if not tokens or not block_tables.shape[0]:
         out, lse = jnp.zeros((tokens, q_heads, v_head_dim), q.dtype), jnp.full((tokens, q_heads), -jnp.inf)
@@ -113,6 +118,7 @@ def _attend(
         gpu=gpu,
         chosen=chosen,
         max_kv_len=max_kv_len,
+        long=long or Attention.of_long,
     )
     longest = 1 if query_start_loc is None else min(max_query_len or tokens, tokens)
     if query_start_loc is None:
@@ -140,9 +146,16 @@ class Attention:
     """One call: what it reads, what is static, and how it is cut into programs."""
 
     def __init__(
-        self, *, given: Operands, static: dict[str, Any], gpu: Gpu, chosen: Parameters, max_kv_len: int | None
+        self,
+        *,
+        given: Operands,
+        static: dict[str, Any],
+        gpu: Gpu,
+        chosen: Parameters,
+        max_kv_len: int | None,
+        long: Callable[[Attention, Sequences, int], tuple[jax.Array, jax.Array]],
     ) -> None:
-        self.given, self.static, self.gpu, self.chosen = given, static, gpu, chosen
+        self.given, self.static, self.gpu, self.chosen, self.long = given, static, gpu, chosen, long
         self.tokens, self.q_heads, _ = given.q.shape
         _, self.kv_heads, block_size, _ = given.k_pages.shape
         held = given.block_tables.shape[1] * block_size
@@ -156,7 +169,7 @@ class Attention:
             out = jnp.zeros((self.tokens, self.q_heads, self.static["v_head_dim"]), self.given.q.dtype)
             lse = jnp.full((self.tokens, self.q_heads), -jnp.inf, jnp.float32)
         else:
-            out, lse = self.of_long(sequences, few)
+            out, lse = self.long(self, sequences, few)
         short_out, short_lse = self.of_short(items_of_short(sequences, few), few)
         index = jnp.arange(few, dtype=jnp.int32)
         is_short = sequences.query_len <= few

@@ -127,10 +127,7 @@ class Tables:
     def report(self, kv_lens: jax.Array) -> None:
         """In checking mode, an error unless every sequence fits its row of the table."""
         if self.positions is None:
-            most = self.width * self.block_size * self.context.size
-            message = f"kv_lens: got up to {{longest}}, want at most the {most} tokens of a row of block_tables"
-            longest = jnp.max(kv_lens, initial=0)
-            check(longest <= most, message, longest=longest)
+            report_room(kv_lens, self.width, self.block_size, self.context)
 
     def needed_columns(self, sequence: jax.Array, start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First and one past the last column of ``sequence`` in [start, end); equal if none is."""
@@ -157,3 +154,11 @@ class Tables:
             base = lax.dynamic_slice(self.positions, (sequence, column), (1, self.step))[0][:, None]
             at = jnp.where(base >= 0, base + self.context.position(offset), -1)
         return pages, jnp.where(pages[:, None] >= 0, at, -1)
+
+
+def report_room(kv_lens: jax.Array, width: int, block_size: int, context: ContextParallel) -> None:
+    """In checking mode, an error unless every length fits a row of ``width`` columns."""
+    most = width * block_size * context.size
+    message = f"kv_lens: got up to {{longest}}, want at most the {most} tokens of a row of block_tables"
+    longest = jnp.max(kv_lens, initial=0)
+    check(longest <= most, message, longest=longest)

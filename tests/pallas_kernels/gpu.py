@@ -7,8 +7,14 @@ from typing import Any
 import jax
 import pytest
 
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device"),
+]
+
 
 def needs_gpu(test: Any) -> Any:
     """Mark ``gpu``; skip where JAX's default backend is none."""
-    missing = jax.default_backend() != "gpu"
-    return pytest.mark.gpu(pytest.mark.skipif(missing, reason="needs a CUDA device")(test))
+    for mark in GPU:
+        test = mark(test)
+    return test

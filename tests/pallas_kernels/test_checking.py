@@ -86,6 +86,15 @@ def test_ids_out_of_range_are_errors_in_every_form(operation: str, form: str) ->
             assert f"{argument}: got " in checked(jnp.int32(bad))[0].get()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_length_that_no_row_holds_is_an_error_in_every_form(form: str) -> None:
+    attend = lambda lens: paged_attention(QUERIES, PAGES, PAGES, _tables(0), lens, implementation=form)  # noqa: E731
+    checked = checkify.checkify(jax.jit(attend), errors=checkify.user_checks)
+    with FORMS[form](), checking():
+        assert checked(LENS)[0].get() is None
+        assert "kv_lens: got up to 17, want at most the 16" in checked(np.array([3, 17], np.int32))[0].get()
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_outside_the_mode_nothing_is_reported_and_nothing_else_touched(operation: str) -> None:
     call, _, size = OPERATIONS[operation]

@@ -15,7 +15,7 @@ from pallas_kernels import checking, merge_attention_states, paged_attention
 from pallas_kernels.paged_attention import reference
 from tests.pallas_kernels.attention_cases import CASES, AttentionCase
 from tests.pallas_kernels.attention_inputs import make_inputs
-from tests.pallas_kernels.implementations import IMPLEMENTATIONS
+from tests.pallas_kernels.implementations import IMPLEMENTATIONS, skip_what_it_has_not
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
 CASE = {case.name: case for case in CASES}
@@ -24,6 +24,7 @@ CASE = {case.name: case for case in CASES}
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_against_float64(case: AttentionCase, implementation: str) -> None:
+    skip_what_it_has_not(implementation, case)
     inputs = make_inputs(case)
     out, lse = paged_attention(**inputs.arguments, return_lse=True, implementation=implementation)
     assert out.dtype == jnp.dtype(case.q_dtype)

@@ -1,4 +1,7 @@
-"""The Triton form of ``paged_attention``: interpreted on some of the shared cases here, compiled on all on a GPU."""
+"""The Triton form of ``paged_attention``: interpreted on some of the shared cases, and on cases of its own.
+
+Compiled, on a GPU, it runs all shared cases in ``test_paged_attention``.
+"""
 
 from __future__ import annotations
 
@@ -85,12 +88,9 @@ def test_against_float64_interpreted(name: str) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("name", list(ALL))
-def test_against_float64_on_a_gpu(name: str) -> None:
-    try:
-        check_attention(triton.paged_attention, ALL[name])
-    except NotImplementedError as error:
-        pytest.skip(str(error))
+@pytest.mark.parametrize("case", MORE_CASES, ids=lambda case: case.name)
+def test_against_float64_on_a_gpu(case: AttentionCase) -> None:
+    check_attention(triton.paged_attention, case)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -148,21 +148,35 @@ def test_refuses_what_it_cannot_with_the_reason() -> None:
 
 
 @needs_gpu
-def test_pool_of_more_than_2_to_31_elements() -> None:
-    """The last pages of a pool of 2**31 elements and more, in two and in one byte each."""
-    case = ALL["triton-bfloat16"]
-    inputs = make_inputs(case)
-    for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
-        shape = inputs.arguments["k_pages"].shape
-        num_pages = 2 ** (31 if dtype == jnp.bfloat16 else 32) // int(np.prod(shape[1:])) + shape[0] + 1
-        first = num_pages - shape[0]
-        moved = dict(inputs.arguments)
-        table = inputs.arguments["block_tables"]
-        moved["block_tables"] = np.where(table >= 0, table + first, -1).astype(np.int32)
-        small = {name: jnp.asarray(inputs.arguments[name]).astype(dtype) for name in ("k_pages", "v_pages")}
-        expected = paged_attention(**{**inputs.arguments, **small}, implementation="triton")
-        place = jax.jit(lambda x, n, at: jax.lax.dynamic_update_slice_in_dim(
-            jnp.zeros((n, *x.shape[1:]), x.dtype), x, at, 0), static_argnums=(1, 2))  # fmt: skip
-        large = {name: place(x, num_pages, first) for name, x in small.items()}
-        got = paged_attention(**{**moved, **large}, implementation="triton")
-        chex.assert_trees_all_equal(got, expected)
+@pytest.mark.parametrize(
+    ("stored", "kv_dtype", "elements"),
+    [
+        ("bfloat16", None, 2**31),
+        ("float8_e4m3fn", None, 2**31),
+        ("uint8", "float8_e5m2", 2**31),
+        ("int8", None, 3 * 2**30),
+        ("float8_e4m3fn", None, 2**32),
+    ],
+)
+def test_pool_of_more_than_2_to_31_elements(stored: str, kv_dtype: str | None, elements: int) -> None:
+    """The last pages of a large pool, against the same pages alone; a mixed batch, decode and prefill."""
+    given = dict(make_inputs(ALL["triton-bfloat16"]).arguments)
+    small = {name: _stored(given[name], stored, kv_dtype) for name in ("k_pages", "v_pages")}
+    given["kv_dtype"] = kv_dtype
+    expected = paged_attention(**{**given, **small}, implementation="triton")
+    count, *page = small["k_pages"].shape
+    first = elements // int(np.prod(page)) + 1
+    place = jax.jit(lambda x: jnp.zeros((first + count, *x.shape[1:]), x.dtype).at[first:].set(x))
+    table = given["block_tables"]
+    given["block_tables"] = np.where(table >= 0, table + first, -1).astype(np.int32)
+    got = paged_attention(**{**given, **jax.tree.map(place, small)}, implementation="triton")
+    chex.assert_trees_all_close(got.astype(jnp.float32), expected.astype(jnp.float32), atol=1e-2, rtol=1e-2)
+
+
+def _stored(pages: Any, stored: str, kv_dtype: str | None) -> jax.Array:
+    """Numbers as pages of ``stored``; NaN, the poison, as 0 where there is none."""
+    numbers = jnp.asarray(pages, jnp.float32)
+    if stored == "int8":
+        return jnp.round(jnp.nan_to_num(numbers) * 20).astype(jnp.int8)
+    numbers = numbers.astype(kv_dtype or stored)
+    return numbers if kv_dtype is None else jax.lax.bitcast_convert_type(numbers, stored)
