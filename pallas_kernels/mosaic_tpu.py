@@ -1,9 +1,9 @@
 """What the Mosaic TPU forms share: how pages lie in TPU memory, what fits in it, and copies of pages.
 
-A TPU keeps the last two dimensions of an array in tiles of rows x 128 lanes, a row being 8, 16 or 32 elements deep
-for elements of 4, 2 or 1 bytes. Pages whose head_dim is no multiple of 128 are laid out by XLA in another way than
-Mosaic reads them, so every call would copy the whole pool: store them padded to 128 (``head_dim`` of q may stay
-64). Pages of whole tiles are moved by DMA as they are.
+A TPU keeps the last two dimensions of an array in tiles of 128 lanes by 8, 16 or 32 rows of elements of 4, 2 or 1
+bytes; 8 rows, where a whole number of the larger ones would not do. Pages whose head_dim is no multiple of 128 are
+laid out by XLA in another way than Mosaic reads them, so every call would copy the whole pool: store them padded to
+128 (``head_dim`` of q may stay 64). Pages of whole tiles are moved by DMA as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pallas_kernels.tpu import Tpu
 from pallas_kernels.tuning import parameters
 
 LANES = 128
+SUBLANES = 8
 MAX_VMEM_BYTES = 48 * 2**20
 MAX_SMEM_BYTES = 960 * 2**10  # of the 1 MiB that every TPU has; the compiler wants some
 IDS_A_PIECE = 8192
@@ -53,8 +54,8 @@ def require_tiles(*pages: jax.Array, tpu: Tpu) -> None:
                 f"pages stored with head_dim {head_dim} would be copied whole by every call; pad the storage to a "
                 f"multiple of {LANES}"
             )
-        if block_size % 16:
-            raise NotImplementedError(f"block_size {block_size} is no multiple of 16")
+        if block_size % SUBLANES:
+            raise NotImplementedError(f"block_size {block_size} is no multiple of {SUBLANES}")
 
 
 def require_scalars(count: int) -> None:

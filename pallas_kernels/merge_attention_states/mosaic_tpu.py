@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.mosaic_tpu import LANES, compiler_params, require_arithmetic, require_parameters
+from pallas_kernels.mosaic_tpu import LANES, SUBLANES, compiler_params, require_arithmetic, require_parameters
 from pallas_kernels.tpu import Tpu, target_tpu
 from pallas_kernels.tuning import parameters
 
 MAX_TILE_BYTES = 4 * 2**20
 MAX_ROWS = 1024
-SUBLANES = 8
 
 
 def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
