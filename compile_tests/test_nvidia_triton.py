@@ -149,13 +149,17 @@ def test_attention_with_every_option(tokens: int, gpu: str) -> None:
 
 
 @pytest.mark.parametrize("gpu", list(GPUS))
-@pytest.mark.parametrize("kv_format", ["bfloat16", "e4m3-bits"])
-@pytest.mark.parametrize("name", UNSPILLED)
+@pytest.mark.parametrize(
+    ("name", "kv_format"),
+    [(UNSPILLED[0], kv_format) for kv_format in FORMATS]
+    + [(name, kv_format) for name in UNSPILLED[1:] for kv_format in ("bfloat16", "e4m3-bits")],
+)
 def test_no_register_is_spilled(name: str, kv_format: str, gpu: str, tmp_path: Path) -> None:
     storage, kv_dtype = FORMATS[kv_format]
     shape = SHAPES[name]
     for tokens in (64, 2048):
-        arguments = attention_arguments(shape, pages_of(shape, storage), tokens=tokens, seqs=64)
+        dtype = jnp.float32 if storage == jnp.float32 else jnp.bfloat16
+        arguments = attention_arguments(shape, pages_of(shape, storage), tokens=tokens, seqs=64, dtype=dtype)
         compile_for(gpu, attend(shape, kv_dtype), *arguments, dump=tmp_path / str(tokens))
         found = [kernel for kernel in resources(tmp_path / str(tokens), gpu) if kernel.name.startswith("paged_")]
         assert [kernel for kernel in found if kernel.spilled_bytes] == []

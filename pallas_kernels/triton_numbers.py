@@ -21,16 +21,28 @@ _FP8 = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 def viewed(pages: jax.Array, kv_dtype: jnp.dtype, gpu: Gpu) -> jax.Array:
     """The same pages as kernels load them: elements as ``convertible`` has them, or uint16 words of two.
 
+    Words where single elements cannot be reached, and where fp8 is converted by hand: that takes fewer registers.
+
     Raises:
-        NotImplementedError: words of two are needed, and a row of the pages has an odd number of elements.
+        NotImplementedError: elements cannot be reached, and a row of the pages has an odd number of them.
     """
-    return as_pairs(pages) if overflows_offsets(pages) else convertible(pages, kv_dtype, gpu)
+    in_pairs = _is_converted_by_hand(kv_dtype, gpu) and pages.shape[-1] % 2 == 0
+    return as_pairs(pages) if in_pairs or overflows_offsets(pages) else convertible(pages, kv_dtype, gpu)
 
 
 def convertible(stored: jax.Array, kv_dtype: jnp.dtype, gpu: Gpu) -> jax.Array:
-    """Stored elements of ``kv_dtype``, or of uint8 where that is an fp8 this GPU cannot convert."""
-    seen = jnp.dtype(jnp.uint8) if kv_dtype in _FP8 and not gpu.converts_fp8 else kv_dtype
+    """Stored elements as ``kv_dtype``, or as uint8 where that is an fp8 this GPU cannot convert."""
+    seen = jnp.dtype(jnp.uint8) if _is_converted_by_hand(kv_dtype, gpu) else kv_dtype
     return stored if stored.dtype == seen else jax.lax.bitcast_convert_type(stored, seen)
+
+
+def _is_converted_by_hand(kv_dtype: jnp.dtype, gpu: Gpu) -> bool:
+    return kv_dtype in _FP8 and not gpu.converts_fp8
+
+
+def multiplied(q_dtype: jnp.dtype, kv_dtype: jnp.dtype) -> jnp.dtype:
+    """What the matrix units multiply: q's dtype or the pages', whichever holds both; one byte fits either."""
+    return q_dtype if kv_dtype.itemsize == 1 else jnp.promote_types(q_dtype, kv_dtype)
 
 
 def stored_columns(dims: Any, pages: Any, kv_dtype: jnp.dtype) -> Any:

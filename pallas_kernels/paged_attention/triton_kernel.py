@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.nvidia import Gpu
 from pallas_kernels.paged_attention.context_parallel import ContextParallel
 from pallas_kernels.paged_attention.visibility import Visibility
-from pallas_kernels.triton_numbers import decode, stored_columns
+from pallas_kernels.triton_numbers import decode, multiplied, stored_columns
 from pallas_kernels.triton_tiles import powers_of_2
 
 LOG2_E = math.log2(math.e)
@@ -163,7 +163,7 @@ class Kernel:
             base = jnp.where(highest == -jnp.inf, 0.0, highest)  # exp(-inf - -inf) is NaN
             weights, decay = jnp.exp2(logits - base[:, None]), jnp.exp2(softmax.highest - base)
             total = softmax.total * decay + jnp.sum(weights, axis=1)
-            weights = weights.astype(self.dot_dtype(given))
+            weights = weights.astype(multiplied(given.q.dtype, self.kv_dtype))
             values = [
                 value * decay[:, None] + dot(weights, self.read(given.v_pages, tile, keys, dims, weights.dtype))
                 for dims, value in zip(v_dims, softmax.values, strict=True)
@@ -181,12 +181,8 @@ class Kernel:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1), good to 1e-7 of the cap and without Triton's slow exact tanh
         return (cap * LOG2_E) * (1 - 2 / (jnp.exp2(logits * (2 * LOG2_E / cap)) + 1))
 
-    def dot_dtype(self, given: Operands) -> Any:
-        """What the matrix units multiply: q's dtype and the pages', whichever holds both; one byte fits either."""
-        return given.q.dtype if self.kv_dtype.itemsize == 1 else jnp.promote_types(given.q.dtype, self.kv_dtype)
-
     def read_q(self, given: Operands, tile: Tile, dims: Any) -> jax.Array:
-        return given.q[tile.token, tile.head, dims].astype(self.dot_dtype(given))
+        return given.q[tile.token, tile.head, dims].astype(multiplied(given.q.dtype, self.kv_dtype))
 
     def read(self, pages: Any, tile: Tile, keys: Keys, dims: Any, dtype: Any) -> jax.Array:
         """[keys, dims], zeros where not readable (a weight of 0 does not hide a NaN value: 0 * NaN is NaN)."""

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.nvidia import Gpu
+from pallas_kernels.triton_numbers import multiplied
 from pallas_kernels.tuning import parameters
 
 
@@ -43,34 +44,37 @@ class Parameters:
 def choose_parameters(gpu: Gpu, q: jax.Array, k_pages: jax.Array, kv_dtype: Any) -> Parameters:
     """For these shapes on this GPU."""
     group, head_dim = q.shape[1] // k_pages.shape[1], q.shape[2]
+    dot_itemsize = multiplied(q.dtype, kv_dtype).itemsize
     shape = {
         "group": group,
         "head_dim": head_dim,
         "block_size": k_pages.shape[2],
         "itemsize": kv_dtype.itemsize,
-        "q_itemsize": q.dtype.itemsize,
+        "dot_itemsize": dot_itemsize,
     }
-    rule = heuristic(gpu, head_dim, q.dtype.itemsize, kv_dtype.itemsize)
+    rule = heuristic(gpu, head_dim, dot_itemsize, kv_dtype.itemsize)
     return Parameters(**parameters("paged_attention", "triton", gpu.kind, shape, rule))
 
 
-def heuristic(gpu: Gpu, head_dim: int, q_itemsize: int, kv_itemsize: int) -> dict[str, int]:
+def heuristic(gpu: Gpu, head_dim: int, dot_itemsize: int, kv_itemsize: int) -> dict[str, int]:
     """A step of K and V in two or three stages of shared memory; the accumulators in registers, without spilling.
 
-    float32 is multiplied by the ordinary units, whose operands stand in registers too, so its tiles are smaller; so
-    are those that convert one byte to two in registers, where the matrix units cannot read shared memory (sm_80) or
-    the head is wide.
+    float32 (also what bfloat16 and float16 meet in) is multiplied by the ordinary units, whose operands stand in
+    registers too, so its tiles are smaller, more so where they are made of narrower pages: those are not even loaded
+    ahead. So are tiles that convert one byte to two in registers, where the matrix units cannot read shared memory
+    (sm_80) or the head is wide.
     """
-    wide, exact = head_dim > 128, q_itemsize > 2
+    wide, exact = head_dim > 128, dot_itemsize > 2
+    widens = exact and kv_itemsize < dot_itemsize
     converts = kv_itemsize == 1 and (wide or gpu.capability < 90)
     return {
         "decode_keys": 32 if wide or exact else 64,
         "decode_warps": 4,
-        "decode_stages": 2 if exact else 3,
+        "decode_stages": 1 if widens else 2 if exact else 3,
         "programs_per_core": 4,
         "fewest_keys": 256,
-        "prefill_rows": 32 if wide and exact else 64 if wide or exact else 128,
+        "prefill_rows": 32 if widens or (wide and exact) else 64 if wide or exact else 128,
         "prefill_keys": 16 if exact else 32 if converts else 64,
         "prefill_warps": 8,
-        "prefill_stages": 2 if wide or exact else 3,
+        "prefill_stages": 1 if widens else 2 if wide or exact else 3,
     }

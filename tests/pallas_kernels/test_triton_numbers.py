@@ -18,13 +18,14 @@ EVERY_BYTE = jnp.arange(256, dtype=jnp.uint8)
 
 @pytest.mark.parametrize("dtype", FP8, ids=str)
 def test_decode_every_fp8_without_instructions_for_it(dtype: jnp.dtype) -> None:
-    stored = viewed(EVERY_BYTE, dtype, A100)
-    assert stored.dtype == jnp.uint8
+    one_by_one, in_pairs = viewed(EVERY_BYTE[:255], dtype, A100), viewed(EVERY_BYTE, dtype, A100)
+    assert (one_by_one.dtype, in_pairs.dtype) == (jnp.uint8, jnp.uint16)
     for wanted in (jnp.float32, jnp.float16, jnp.bfloat16):
         expected = number_format.decode(EVERY_BYTE, dtype).astype(wanted)
-        got = decode(stored, dtype, jnp.dtype(wanted), A100)
-        assert got.dtype == wanted
-        np.testing.assert_array_equal(got.astype(jnp.float32), expected.astype(jnp.float32))
+        for stored in (one_by_one, in_pairs):
+            got = decode(stored, dtype, jnp.dtype(wanted), A100)
+            assert got.dtype == wanted
+            np.testing.assert_array_equal(got.astype(jnp.float32), expected[: got.size].astype(jnp.float32))
 
 
 @pytest.mark.parametrize("dtype", FP8, ids=str)

@@ -70,7 +70,7 @@ def test_a_gpu_that_is_not_there_is_known_by_its_name(kind: str, capability: int
 
 def test_a_small_batch_is_split_until_it_fills_the_gpu() -> None:
     gpu = Gpu("NVIDIA H100 80GB HBM3", 90, 132)
-    chosen = Parameters(**heuristic(gpu, head_dim=128, q_itemsize=2, kv_itemsize=2))
+    chosen = Parameters(**heuristic(gpu, head_dim=128, dot_itemsize=2, kv_itemsize=2))
     assert chosen.splits(gpu, programs=8, longest_context=131072) * 8 >= 132 * chosen.programs_per_core
     assert chosen.splits(gpu, programs=4096, longest_context=131072) == 1
     assert chosen.splits(gpu, programs=1, longest_context=200) == 1
