@@ -54,11 +54,12 @@ def parameters(
         asked.append(Asked(operation, implementation, device_kind, shape_key(shape), tuple(heuristic.items())))
     entries = table().get(operation, {}).get(implementation, {}).get(device_kind, {})
     forced = (_FORCED.get() or {}).get(operation, {})
-    chosen = {**heuristic, **entries.get(shape_key(shape), {}), **forced}
-    unknown = set(chosen) - set(heuristic)
+    entry = entries.get(shape_key(shape), {})
+    unknown = set(entry) - set(heuristic)
     if unknown:
         raise ValueError(f"{operation}, {implementation}: got parameters {sorted(unknown)}, want {sorted(heuristic)}")
-    return chosen
+    # A call may be served by two implementations together, which have not the same parameters.
+    return {**heuristic, **entry, **{name: value for name, value in forced.items() if name in heuristic}}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pallas_kernels.paged_attention.arguments import check_arguments
 _OPERATION = Operation(
     "paged_attention",
     {
+        "mosaic_gpu": "pallas_kernels.paged_attention.mosaic_gpu",
         "triton": "pallas_kernels.paged_attention.triton",
         "mosaic_tpu": "pallas_kernels.paged_attention.mosaic_tpu",
         "xla": "pallas_kernels.paged_attention.reference",
