@@ -16,6 +16,11 @@ from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
 BLOCK_SIZE = 16
 
 
+def stored_head_dim(shape: AttentionShape) -> int:
+    """head_dim in the pages: on a TPU in whole lanes, as its kernels want it and the cache keeps it."""
+    return -(-shape.head_dim // 128) * 128 if jax.default_backend() == "tpu" else shape.head_dim
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionInputs:
     """Arguments of ``paged_attention``: pages in random order; every sequence of one length, its queries the last."""
@@ -61,7 +66,7 @@ def batch(
     for row, ids in zip(tables, np.split(order, np.cumsum(counts)[:-1]), strict=True):
         row[: len(ids)] = ids
     queries = query_lens or [1] * len(kv_lens)
-    pages_shape = (int(counts.sum()), shape.kv_heads, BLOCK_SIZE, shape.head_dim)
+    pages_shape = (int(counts.sum()), shape.kv_heads, BLOCK_SIZE, stored_head_dim(shape))
     keys = jax.random.split(jax.random.key(0), 3)
 
     @jax.jit
@@ -131,7 +136,7 @@ class Sizes:
 
 def pages_to_move(sizes: Sizes, shape: AttentionShape) -> tuple[jax.Array, jax.Array]:
     """(a pool of two working sets, its pages in random order)."""
-    page = (shape.kv_heads, BLOCK_SIZE, shape.head_dim)
+    page = (shape.kv_heads, BLOCK_SIZE, stored_head_dim(shape))
     count = 2 * (sizes.moved_bytes // (2 * int(np.prod(page))))
     pages = jax.random.normal(jax.random.key(0), (count, *page), jnp.bfloat16)
     return pages, jax.random.permutation(jax.random.key(0), count).astype(jnp.int32)

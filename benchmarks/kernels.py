@@ -64,7 +64,7 @@ def movement(bench: Bench, name: str, shape: AttentionShape) -> Iterator[list[Ro
     for tokens in bench.sizes.written_tokens:
         for stored, kv_dtype in ((jnp.bfloat16, None), (jnp.uint8, jnp.float8_e4m3fn)):
             given = (pages.shape, tokens, stored, kv_dtype)
-            moved = tokens * shape.kv_heads * shape.head_dim * 2 * (2 + jnp.dtype(stored).itemsize)
+            moved = tokens * shape.kv_heads * pages.shape[3] * 2 * (2 + jnp.dtype(stored).itemsize)
             case = f"write {tokens} tokens, {jnp.dtype(kv_dtype or stored)}, {name}"
             others = {"xla": lambda given=given: write_us(*given, **XLA)}
             yield bench.rows(case, write_us(*given), others, moved)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.kernel_calls import attention_us, copy_us, gather_us, merge_us, write_us
-from benchmarks.kernel_inputs import Sizes, pages_to_move, states_to_merge
+from benchmarks.kernel_inputs import BLOCK_SIZE, Sizes, pages_to_move, states_to_merge, stored_head_dim
 from pallas_kernels import tuning
 from pallas_kernels.paged_attention.shapes import SHAPES, AttentionShape
 
@@ -78,7 +78,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         yield Case(f"gather {name}", "paged_gather", lambda shape=shape: _gather(sizes, shape))
         yield Case(f"copy {name}", "paged_copy", lambda shape=shape: _copy(sizes, shape))
         for stored, kv_dtype in ((jnp.bfloat16, None), (jnp.uint8, jnp.float8_e4m3fn)):
-            pages_shape = (max(sizes.written_tokens) // 8, shape.kv_heads, 16, shape.head_dim)
+            pages_shape = (max(sizes.written_tokens) // 8, shape.kv_heads, BLOCK_SIZE, stored_head_dim(shape))
             for tokens in sizes.written_tokens:
                 write = partial(write_us, pages_shape, tokens, stored, kv_dtype)
                 yield Case(f"write {name} {tokens} {jnp.dtype(stored)}", "paged_write", write)
