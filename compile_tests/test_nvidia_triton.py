@@ -167,6 +167,24 @@ def test_no_register_is_spilled(name: str, kv_format: str, gpu: str, tmp_path: P
 
 
 @pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("kv_format", ["bfloat16", "e4m3-bits"])
+def test_no_register_is_spilled_where_columns_have_positions(kv_format: str, gpu: str, tmp_path: Path) -> None:
+    storage, kv_dtype = FORMATS[kv_format]
+    shape = SHAPES["Llama-3-8B"]
+    arguments = attention_arguments(shape, pages_of(shape, storage), tokens=2048, seqs=64)
+
+    def call(arguments: Any, positions: Any) -> Any:
+        given = {"block_positions": positions, "sliding_window": 1024, "kv_dtype": kv_dtype}
+        return paged_attention(*arguments, **given, **TRITON)
+
+    memory = compile_for(gpu, call, arguments, arguments[3], dump=tmp_path).memory_analysis()
+    assert memory.temp_size_in_bytes < 1 << 20
+    found = [kernel for kernel in resources(tmp_path, gpu) if kernel.name.startswith("paged_")]
+    assert len(found) == 2
+    assert [kernel for kernel in found if kernel.spilled_bytes] == []
+
+
+@pytest.mark.parametrize("gpu", list(GPUS))
 @pytest.mark.parametrize("kv_format", list(FORMATS))
 @pytest.mark.parametrize("name", ["Llama-3-8B", "Llama-3.2-1B", "StableLM-3B", "Phi-3-mini", "Gemma-3-1B"])
 def test_write_is_in_place(name: str, kv_format: str, gpu: str, tmp_path: Path) -> None:

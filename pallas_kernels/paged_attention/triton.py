@@ -22,11 +22,11 @@ from pallas_kernels.nvidia import Gpu, target_gpu
 from pallas_kernels.page_ids import report_out_of_range
 from pallas_kernels.paged_attention.context_parallel import ContextParallel
 from pallas_kernels.paged_attention.reference import report_lengths
-from pallas_kernels.paged_attention.triton_items import items_of_long, items_of_short
+from pallas_kernels.paged_attention.triton_items import columns_of, items_of_decode, items_of_long, items_of_short
 from pallas_kernels.paged_attention.triton_kernel import LOG2_E, Kernel, Operands
 from pallas_kernels.paged_attention.triton_parameters import Parameters, choose_parameters
 from pallas_kernels.paged_attention.visibility import Visibility
-from pallas_kernels.paged_attention.work_items import Sequences, report_room
+from pallas_kernels.paged_attention.work_items import Sequences, Tables, report_room
 from pallas_kernels.triton_numbers import viewed
 from pallas_kernels.tuning import next_power_of_2
 
@@ -99,6 +99,7 @@ def attend(
             block_positions=block_positions,
             kv_lens=kv_lens,
             items=None,
+            columns=None,
             factors=_factors(scale, k_scale, v_scale, logits_soft_cap, kv_heads),
             cap=_one(logits_soft_cap, jnp.float32),
             sinks=None if sinks is None else sinks.astype(jnp.float32) * LOG2_E,
@@ -179,7 +180,6 @@ class Attention:
 
     def of_short(self, items: jax.Array | None, few: int) -> tuple[jax.Array, jax.Array]:
         """(out [seqs, kv_heads, few * group, v_head_dim], lse) of sequences of at most ``few`` queries each."""
-        given = self.given._replace(items=items)
         seqs, num_rows = self.given.block_tables.shape[0], few * self.static["group"]
         splits = self.chosen.splits(self.gpu, seqs * self.kv_heads, self.longest_context)
         kernel = Kernel(
@@ -191,6 +191,7 @@ class Attention:
             by_item=True,
             **self.static,
         )
+        given = self.given._replace(items=items, columns=self.columns(items, kernel.rows))
         shape = (seqs, self.kv_heads, num_rows)
         dtype = given.q.dtype if splits == 1 else jnp.float32
         out, lse = self.launch(
@@ -225,7 +226,7 @@ class Attention:
         )
         return self.launch(
             kernel,
-            self.given._replace(items=items),
+            self.given._replace(items=items, columns=self.columns(items, rows)),
             (self.tokens, self.q_heads),
             self.given.q.dtype,
             (items.shape[0], self.kv_heads, 1),
@@ -233,6 +234,25 @@ class Attention:
             num_stages=self.chosen.prefill_stages,
             name="paged_attention_prefill",
         )
+
+    def columns(self, items: jax.Array | None, rows: int) -> jax.Array | None:
+        """Which columns of a table with positions each item sees; without, the kernel knows by itself."""
+        given, static = self.given, self.static
+        if given.block_positions is None:
+            return None
+        one = lambda array: None if array is None else array[0]  # noqa: E731
+        rank = 0 if given.rank is None else given.rank[0]
+        tables = Tables.create(
+            given.block_tables,
+            given.block_positions,
+            step=0,
+            num_pages=given.k_pages.shape[0],
+            block_size=given.k_pages.shape[2],
+            context=ContextParallel(static["context_size"], rank, static["context_interleave"]),
+        )
+        visibility = Visibility(static["causal"], one(given.sliding_window), one(given.chunk_size))
+        items = items_of_decode(given.kv_lens) if items is None else items
+        return columns_of(items, tables, visibility, group=static["group"], rows=rows)
 
     def launch(
         self,

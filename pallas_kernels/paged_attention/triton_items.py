@@ -9,7 +9,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.work_items import Sequences
+from pallas_kernels.paged_attention.visibility import Visibility
+from pallas_kernels.paged_attention.work_items import Sequences, Tables
+
+
+def items_of_decode(kv_lens: jax.Array) -> jax.Array:
+    """Item i is sequence i, whose one query is token i."""
+    index = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
+    return jnp.stack([index, jnp.zeros_like(index), index, jnp.ones_like(index), kv_lens], axis=1)
 
 
 def items_of_short(of: Sequences, most: int) -> jax.Array:
@@ -42,3 +49,13 @@ def items_of_long(of: Sequences, tokens: int, *, more_than: int, group: int, row
     queries = jnp.where(index < ends[-1], query_len[which], 0)
     sequence = jnp.clip(which - 1, 0, seqs - 1)
     return jnp.stack([sequence, first_row, start[which], queries, kv_len[which]], axis=1)
+
+
+def columns_of(items: jax.Array, tables: Tables, visibility: Visibility, *, group: int, rows: int) -> jax.Array:
+    """First and one past the last column of the tables that some row of each item sees, i32[items, 2]."""
+    sequence, first_row, _, queries, kv_len = items.T
+    last_row = jnp.minimum(first_row + rows, queries * group) - 1
+    first_position = kv_len - queries
+    start, _ = visibility.interval(first_position + first_row // group, kv_len)
+    _, end = visibility.interval(first_position + last_row // group, kv_len)
+    return jnp.stack(jax.vmap(tables.needed_columns)(sequence, start, end), axis=1)

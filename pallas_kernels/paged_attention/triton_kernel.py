@@ -37,6 +37,7 @@ class Operands(NamedTuple):
         kv_lens: i32[seqs].
         items: None (item i is sequence i with one query, token i), or i32[items, 5]: sequence, first row of the
             tile, token of the sequence's first query, number of queries, kv_len. No queries: nothing to do.
+        columns: None or, with ``block_positions``, i32[items, 2]: first and one past the last column that is seen.
         factors: f32[2, kv_heads]: of the logits, in base 2 unless there is a soft cap; of the output.
         cap: None or f32[1].
         sinks: None or f32[q_heads], base 2.
@@ -50,6 +51,7 @@ class Operands(NamedTuple):
     block_positions: Any
     kv_lens: Any
     items: Any
+    columns: Any
     factors: Any
     cap: Any
     sinks: Any
@@ -238,6 +240,7 @@ class Tile(NamedTuple):
         row, token, head: i32[rows]: of the sequence's rows, of q, of q.
         position: i32[rows], of each row's query.
         start, end: i32[rows], the interval of positions that each row sees.
+        columns: None, or first and one past the last column of the table that any row sees.
         first_seen, last_seen: i32[], the ends of what any row sees.
         all_start, all_end: i32[], the ends of what all rows see.
     """
@@ -246,7 +249,7 @@ class Tile(NamedTuple):
     context: ContextParallel
     width: int
     block_size: int
-    has_positions: bool
+    columns: tuple[Any, Any] | None
     item: Any
     kv_head: Any
     split: Any
@@ -288,7 +291,7 @@ class Tile(NamedTuple):
             context=context,
             width=given.block_tables.shape[1],
             block_size=given.k_pages.shape[2],
-            has_positions=given.block_positions is not None,
+            columns=None if given.columns is None else (given.columns[program[0], 0], given.columns[program[0], 1]),
             item=program[0],
             kv_head=program[1],
             split=program[2],
@@ -308,16 +311,18 @@ class Tile(NamedTuple):
     @property
     def first_step(self) -> Any:
         """The first step with a key that some row sees."""
-        if self.has_positions:
-            return jnp.int32(0)
+        if self.columns is not None:
+            return lax.div(self.columns[0] * self.block_size, self.kernel.keys)
         return lax.div(self.context.local_length(self.first_seen), self.kernel.keys)
 
     @property
     def last_step(self) -> Any:
         """One past the last such step."""
-        held = self.width * self.block_size
-        local = held if self.has_positions else jnp.minimum(self.context.local_length(self.last_seen), held)
-        return lax.div(jnp.int32(local + (self.kernel.keys - 1)), self.kernel.keys)
+        if self.columns is not None:
+            local = self.columns[1] * self.block_size
+        else:
+            local = jnp.minimum(self.context.local_length(self.last_seen), self.width * self.block_size)
+        return lax.div(local + (self.kernel.keys - 1), self.kernel.keys)
 
     @property
     def steps_seen_by_all(self) -> tuple[Any, Any]:

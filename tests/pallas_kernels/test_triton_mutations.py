@@ -33,12 +33,13 @@ CHECKS: dict[str, Callable[[Any, Any], None]] = {
 }
 SPLIT = AttentionCase("split-sinks", kv_lens=(90, 3), sinks=True)
 WINDOW = AttentionCase("window-tiles", kv_lens=(90,), query_lens=(70,), sliding_window=33)
+TRIMMED = AttentionCase("trimmed-rows", kv_lens=(90,), query_lens=(70,), sliding_window=9, positions="trimmed")
 CASES: dict[str, dict[str, Any]] = {
     "paged_gather": {case.name: case for case in page_cases.GATHER_CASES},
     "paged_copy": {case.name: case for case in page_cases.COPY_CASES},
     "paged_write": {case.name: case for case in write_cases.CASES},
     "merge_attention_states": {case.name: case for case in merge_cases.CASES},
-    "paged_attention": {case.name: case for case in (*attention_cases.CASES, SPLIT, WINDOW)},
+    "paged_attention": {case.name: case for case in (*attention_cases.CASES, SPLIT, WINDOW, TRIMMED)},
 }
 
 
@@ -166,6 +167,32 @@ MUTATIONS = [
     _attention("k-scale-forgotten", "k-scale-head", "of_logits * per_head(k_scale)", "of_logits", "triton"),
     _attention("short-rows-dropped", "mixed", "token = jnp.where(mine,", "token = jnp.where(mine & False,", "triton"),
     _attention("padding-not-zeroed", "mixed-padding-tokens", "tokens - end])", "0 * end])", "triton_items"),
+    _attention(
+        "columns-of-the-first-row-alone",
+        "shuffled",
+        "last_row // group, kv_len)",
+        "first_row // group, kv_len)",
+        "triton_items",
+    ),
+    _attention(
+        "columns-of-the-last-row-alone",
+        "trimmed-rows",
+        "first_row // group, kv_len)",
+        "last_row // group, kv_len)",
+        "triton_items",
+    ),
+    _attention(
+        "last-column-lost",
+        "shuffled-decode",
+        "self.columns[1] * self.block_size",
+        "self.columns[1] * self.block_size - 16",
+    ),
+    _attention(
+        "first-column-lost",
+        "shuffled-decode",
+        "self.columns[0] * self.block_size",
+        "self.columns[0] * self.block_size + 16",
+    ),
     _attention(
         "second-tile-lost",
         "prefill-two-tiles",
