@@ -44,8 +44,8 @@ SEVERAL_PIECES = {
     "gather": GatherCase("several-pieces", (3, -1, 8, 0, 5, 2, 1) * 3),
     "copy": CopyCase("several-pieces", (5, 1, 1, 0, 2, 2, 1, 4, 6) * 2, (-1, 3, 4, 8, -1, 6, 7, 0, 5) * 2),
     "copy-chained": CopyCase("several-pieces-chained", (*range(8), *range(8), 8), (*range(1, 9), *(-1,) * 8, 0)),
-    "write": WriteCase("several-calls", slots=(37, -1, 33, 5, 35, 34, 60, 47, 32, 40, 41, 90), num_tokens=12),
-    "write-padding": WriteCase("several-calls-of-padding", slots=(37, *(-1,) * 12), num_tokens=13),
+    "write": WriteCase("several-calls", slots=(17, -1, 13, 5, 15, 14, 20, 7, 22, 2, 0, 11), num_tokens=12),
+    "write-padding": WriteCase("several-calls-of-padding", slots=(17, *(-1,) * 12), num_tokens=13),
 }
 
 
