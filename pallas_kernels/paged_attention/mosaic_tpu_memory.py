@@ -117,7 +117,7 @@ class Plan:
         kv_heads, group: query heads are their product.
         head_dim, v_head_dim: logical.
         block_size: tokens in a page.
-        tile: queries of an item, a power of two.
+        tile: queries of an item.
         step: pages read at a time.
         compute: dtype of the products' operands, float32 or bfloat16.
         kv_dtype: logical dtype of the pages.
