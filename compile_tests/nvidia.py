@@ -84,6 +84,11 @@ def resources(dump: Path, gpu: str) -> list[Resources]:
     return found
 
 
+def resources_of_mosaic(dump: Path) -> list[Resources]:
+    """Of every Mosaic GPU kernel whose assembler's report lies in ``dump`` (``MOSAIC_GPU_DUMP_PTXAS``)."""
+    return [kernel for report in sorted(dump.glob("*.ptxas")) for kernel in _parse(report.read_text())]
+
+
 def _parse(report: str) -> list[Resources]:
     found = []
     for part in report.split("Compiling entry function")[1:]:

@@ -25,7 +25,7 @@ from pallas_kernels.nvidia import Gpu, target_gpu
 try:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 except ImportError as error:
-    plgpu = None
+    plgpu = None  # type: ignore[assignment]
     _MISSING = str(error)
 
 WARPGROUP_ROWS = 64  # of a product: what one wgmma instruction computes
@@ -101,9 +101,10 @@ class Registers:
         if self.interpret:
             if meanwhile:
                 meanwhile()
-            left = a if isinstance(a, jax.Array) else a[...]
+            left, right = a if isinstance(a, jax.Array) else a[...], b[...]
+            plgpu.commit_smem()  # tensor cores read as TMA writes; what stands for them here does not
             contract = (((1,), (1 if transposed else 0,)), ((), ()))
-            return lax.dot_general(left, b[...], contract, preferred_element_type=jnp.float32)
+            return lax.dot_general(left, right, contract, preferred_element_type=jnp.float32)
 
         def multiply(accumulator: Any) -> jax.Array:
             plgpu.wgmma(accumulator, a, plgpu.transpose_ref(b, (1, 0)) if transposed else b)
@@ -115,11 +116,11 @@ class Registers:
         return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], columns), jnp.float32))
 
 
-def down_rows(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def down_rows(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[rows] as [rows, columns], the same in each column."""
     return lax.broadcast_in_dim(values, shape, (0,))
 
 
-def across_columns(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def across_columns(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[columns] as [rows, columns], the same in each row."""
     return lax.broadcast_in_dim(values, shape, (1,))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -47,19 +47,24 @@ def parameters(
     device_kind: str,
     shape: Mapping[str, Any],
     heuristic: Mapping[str, int],
+    partner: Collection[str] = (),
 ) -> dict[str, int]:
-    """``heuristic``, overruled by the table's entry for this device and shape, overruled by ``forced``."""
+    """``heuristic``, overruled by the table's entry for this device and shape, overruled by ``forced``.
+
+    ``partner`` names the parameters of another implementation that serves a part of the same call: forced, they are
+    none of ours.
+    """
     asked = _ASKED.get()
     if asked is not None:
         asked.append(Asked(operation, implementation, device_kind, shape_key(shape), tuple(heuristic.items())))
     entries = table().get(operation, {}).get(implementation, {}).get(device_kind, {})
     forced = (_FORCED.get() or {}).get(operation, {})
-    entry = entries.get(shape_key(shape), {})
-    unknown = set(entry) - set(heuristic)
+    ours = {name: value for name, value in forced.items() if name in heuristic or name not in partner}
+    chosen = {**heuristic, **entries.get(shape_key(shape), {}), **ours}
+    unknown = set(chosen) - set(heuristic)
     if unknown:
         raise ValueError(f"{operation}, {implementation}: got parameters {sorted(unknown)}, want {sorted(heuristic)}")
-    # A call may be served by two implementations together, which have not the same parameters.
-    return {**heuristic, **entry, **{name: value for name, value in forced.items() if name in heuristic}}
+    return chosen
 
 
 @contextmanager

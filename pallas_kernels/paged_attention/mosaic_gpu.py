@@ -28,7 +28,7 @@ _TWO_BYTES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """How the keys are taken: how many at a time, how many times that in shared memory, and see ``Kernel.take_turns``."""
+    """How the keys are taken: how many at a time, how many times that are in memory, and ``Kernel.take_turns``."""
 
     prefill_keys: int
     prefill_stages: int
@@ -101,7 +101,8 @@ def _choose_steps(gpu: Gpu, q: jax.Array, k_pages: jax.Array) -> Steps:
     group, head_dim = q.shape[1] // k_pages.shape[1], q.shape[2]
     shape = {"group": group, "head_dim": head_dim, "block_size": k_pages.shape[2]}
     rule = {"prefill_keys": 128, "prefill_stages": 2 if head_dim > 64 else 4, "take_turns": 1}
-    return Steps(**parameters("paged_attention", "mosaic_gpu", gpu.kind, shape, rule))
+    partner = [field.name for field in dataclasses.fields(Parameters)]
+    return Steps(**parameters("paged_attention", "mosaic_gpu", gpu.kind, shape, rule, partner))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,13 +187,12 @@ def _launch(kernel: Kernel, inputs: Inputs, interpret: Any) -> tuple[jax.Array, 
     tokens, q_heads, _ = inputs.q.shape
     tiles = inputs.tiles.shape[0]
     leaves, tree = jax.tree.flatten(inputs)
+    memory, layout = jax.tree.flatten(_memory(kernel, inputs))
 
     def paged_attention_prefill(*refs: Any) -> None:
-        given = tree.unflatten(refs[: len(leaves)])
         out, lse, *scratch = refs[len(leaves) :]
-        kernel(given, out, lse, jax.tree.unflatten(layout, scratch))
+        kernel(jax.tree.unflatten(tree, refs[: len(leaves)]), out, lse, jax.tree.unflatten(layout, scratch))
 
-    memory, layout = jax.tree.flatten(_memory(kernel, inputs))
     return plgpu.kernel(
         paged_attention_prefill,
         out_type=(
@@ -204,7 +204,10 @@ def _launch(kernel: Kernel, inputs: Inputs, interpret: Any) -> tuple[jax.Array, 
         grid_names=("heads", "tile"),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,  # we name layouts; the other kind finds them itself
+        ),
         **({} if interpret is None else {"interpret": interpret}),
     )(*leaves)
 
@@ -227,7 +230,8 @@ def _memory(kernel: Kernel, inputs: Inputs) -> Memory:
         q_ready=plgpu.Barrier(num_barriers=CONSUMERS),
         k=fetched(inputs.k_rows, kernel.head_dim),
         v=fetched(inputs.v_rows, kernel.v_head_dim),
-        out=plgpu.SMEM((*rows, kernel.v_head_dim), inputs.q.dtype),  # plain rows, so that they can be stored singly
+        # Plain rows, so that they can be stored singly; 16 bytes apart, so that eight of them are in different banks.
+        out=plgpu.SMEM((*rows, kernel.v_head_dim + 16 // inputs.q.dtype.itemsize), inputs.q.dtype),
         lse=plgpu.SMEM(rows, jnp.float32),
         cleaned=plgpu.Barrier(num_barriers=stages),
         turn=plgpu.Barrier(num_arrivals=CONSUMERS),

@@ -13,6 +13,7 @@ done with them; ``cleaned``, see ``Consumer.clean``; ``turn``, a consumer has is
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -80,9 +81,10 @@ class Memory(NamedTuple):
     """Shared memory and barriers.
 
     Attributes:
-        q: [2, 64, head_dim], of each consumer; ``q_ready``: a barrier for each.
+        q: [2, 64, head_dim], of each consumer, in the end its result; ``q_ready``: a barrier for each.
         k, v: what the producer fetches.
-        out, lse: [2, 64, v_head_dim] and f32[2, 64].
+        out: [2, 64, v_head_dim and some spare columns], result of which not all rows are stored.
+        lse: f32[2, 64].
         cleaned: a barrier for each stage.
         turn: one.
     """
@@ -180,7 +182,7 @@ def produce(kernel: Kernel, given: Inputs, memory: Memory, tile: Tile, kv_head: 
         rows = [(jnp.maximum(page, 0) * kernel.kv_heads + kv_head) * kernel.block_size + offset for page in pages]
         positions = key_positions(kernel, given, tile, step, columns, offset, pages)
         for source, target in ((given.k_rows, memory.k), (given.v_rows, memory.v)):
-            pl.when(done >= kernel.stages)(lambda target=target: plgpu.barrier_wait(target.used.at[slot]))
+            pl.when(done >= kernel.stages)(partial(plgpu.barrier_wait, target.used.at[slot]))
             target.positions.at[slot][...] = positions
             plgpu.barrier_arrive(target.ready.at[slot])
             for number, row in enumerate(rows):
@@ -312,7 +314,7 @@ class Consumer(NamedTuple):
         self.write(softmax, out, lse, index)
 
     def take_turn(self, only: int | None = None) -> None:
-        """Wait for the other consumer to come here too; ``only`` that consumer, so as to fall one behind or catch up."""
+        """Wait for the other consumer to come here too; ``only`` one waits in order to fall behind, or to catch up."""
         if not self.kernel.take_turns:
             return
 
@@ -403,25 +405,33 @@ class Consumer(NamedTuple):
         kernel, memory = self.kernel, self.memory
         factor = self.given.factors[1, lax.div(self.head, kernel.group)]
         factor = jnp.where(softmax.total > 0, factor / softmax.total, 0.0)
-        values = softmax.values * down_rows(factor, softmax.values.shape)
-        memory.out.at[self.number][...] = values.astype(out.dtype)
+        values = (softmax.values * down_rows(factor, softmax.values.shape)).astype(out.dtype)
         base = jnp.where(softmax.highest == -jnp.inf, 0.0, softmax.highest)
         memory.lse.at[self.number][...] = base * (1 / LOG2_E) + jnp.log(softmax.total)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(memory.lse.at[self.number], lse.at[index, self.head, pl.ds(self.first_query, ROWS)])
-
-        @pl.when(self.num_queries == ROWS)
-        def _() -> None:
-            plgpu.copy_smem_to_gmem(memory.out.at[self.number], out.at[pl.ds(self.token, ROWS), self.head])
-
-        @pl.when(self.num_queries < ROWS)
-        def _() -> None:
-            @pl.loop(self.shift, self.shift + self.num_queries)
-            def _(row: Any) -> None:
-                source = memory.out.at[self.number, pl.ds(row, 1)]
-                plgpu.copy_smem_to_gmem(source, out.at[pl.ds(self.token + row, 1), self.head])
-
+        whole = (self.num_queries == ROWS) & (kernel.head_dim == kernel.v_head_dim)
+        pl.when(whole)(lambda: self.write_whole(values, out))
+        pl.when(jnp.logical_not(whole))(lambda: self.write_rows(values, out))
         plgpu.wait_smem_to_gmem(0)
+
+    def write_whole(self, values: jax.Array, out: Any) -> None:
+        """All 64 rows at once, from where the queries were."""
+        rows = self.memory.q.at[self.number]
+        rows[...] = values
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(rows, out.at[pl.ds(self.token, ROWS), self.head])
+
+    def write_rows(self, values: jax.Array, out: Any) -> None:
+        """Those rows that are queries, one by one."""
+        columns = pl.ds(0, self.kernel.v_head_dim)
+        self.memory.out.at[self.number, :, columns][...] = values
+        plgpu.commit_smem()
+
+        @pl.loop(self.shift, self.shift + self.num_queries)
+        def _(row: Any) -> None:
+            source = self.memory.out.at[self.number, pl.ds(row, 1), columns]
+            plgpu.copy_smem_to_gmem(source, out.at[pl.ds(self.token + row, 1), self.head])
 
 
 def _one(ref: Any, default: Any = None) -> Any:

@@ -53,7 +53,7 @@ def choose_parameters(gpu: Gpu, q: jax.Array, k_pages: jax.Array, kv_dtype: Any)
         "dot_itemsize": dot_itemsize,
     }
     rule = heuristic(gpu, head_dim, dot_itemsize, kv_dtype.itemsize)
-    return Parameters(**parameters("paged_attention", "triton", gpu.kind, shape, rule))
+    return Parameters(**parameters("paged_attention", "triton", gpu.kind, shape, rule, ["take_turns"]))  # of mosaic_gpu
 
 
 def heuristic(gpu: Gpu, head_dim: int, dot_itemsize: int, kv_itemsize: int) -> dict[str, int]:
