@@ -47,6 +47,8 @@ MUTATIONS = [
     Mutation("window-too-narrow", "window-7", "position >= down_rows(self.start", "position > down_rows(self.start"),
     Mutation("never-masked", "mixed", "lambda x: self.mask(x, slot)", "lambda x: x"),
     Mutation("scales-swapped", "k-scale-head", "self.given.factors[0,", "self.given.factors[1,"),
+    Mutation("sign-ignored", "mosaic-gpu-negative-scale", "pl.when(self.factor < 0)(self.negate_queries)", "None"),
+    Mutation("scale-of-0", "mosaic-gpu-scale-of-0", "_SMALLEST = 1e-30", "_SMALLEST = 0.0"),
     Mutation("output-not-scaled", "v-scale-head", "factor / softmax.total", "1 / softmax.total"),
     Mutation("cap-in-base-2", "soft-cap", "(factor * (2 * LOG2_E) / cap)", "(factor * 2 / cap)"),
     Mutation("lse-in-base-2", "mixed", "base * (1 / LOG2_E)", "base"),

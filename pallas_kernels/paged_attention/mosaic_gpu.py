@@ -44,8 +44,6 @@ def paged_attention(
     query_start_loc: jax.Array | None,
     *,
     v_head_dim: int,
-    scale: Any,
-    k_scale: Any,
     **options: Any,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention through a block table; see the public function."""
@@ -60,16 +58,11 @@ def paged_attention(
         _require_hardware(q, k_pages, v_pages, v_head_dim)
     chosen = _choose_steps(gpu, q, k_pages)
     _require_steps(chosen, k_pages)
-    form = LongByMosaic(
-        chosen,
-        # What is traced may be anything; whoever gives a number gives the number that is compiled for.
-        factor_is_positive=isinstance(scale, (int, float)) and scale > 0 and k_scale is None,
-        interpret=interpret,
-    )
+    form = LongByMosaic(chosen, interpret)
     few = choose_parameters(gpu, q, k_pages, options["kv_dtype"])
     return triton.attend(
         q, k_pages, v_pages, block_tables, kv_lens, query_start_loc,
-        v_head_dim=v_head_dim, scale=scale, k_scale=k_scale, gpu=gpu, chosen=few, long=form, **options,
+        v_head_dim=v_head_dim, gpu=gpu, chosen=few, long=form, **options,
     )  # fmt: skip
 
 
@@ -111,12 +104,10 @@ class LongByMosaic:
 
     Attributes:
         steps: see ``Steps``.
-        factor_is_positive: see ``Kernel``.
         interpret: what to pass to ``plgpu.kernel``.
     """
 
     steps: Steps
-    factor_is_positive: bool
     interpret: Any
 
     def __call__(self, of: triton.Attention, sequences: Sequences, few: int) -> tuple[jax.Array, jax.Array]:
@@ -137,7 +128,6 @@ class LongByMosaic:
             causal=static["causal"],
             context_size=static["context_size"],
             context_interleave=static["context_interleave"],
-            factor_is_positive=self.factor_is_positive,
             interpret=self.interpret is not None,
         )
         tables = Tables.create(

@@ -31,6 +31,8 @@ from pallas_kernels.paged_attention.visibility import Visibility
 CONSUMERS = 2
 # Of 65,536 a multiprocessor: 2 * 128 * 232 + 128 * 40. Accumulators, logits and weights want 160 of a consumer's.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+# For a scale of 0: 0 times the -inf of a key that is not seen would be NaN.
+_SMALLEST = 1e-30
 
 
 class Inputs(NamedTuple):
@@ -113,7 +115,6 @@ class Kernel:
         head_dim, v_head_dim: logical sizes.
         causal: whether queries see no later key.
         context_size, context_interleave: of ``ContextParallel``.
-        factor_is_positive: whether the factor of the logits is known to be, so that it can wait for the maximum.
         interpret: whether the kernel is interpreted.
     """
 
@@ -129,7 +130,6 @@ class Kernel:
     causal: bool
     context_size: int
     context_interleave: int
-    factor_is_positive: bool
     interpret: bool
 
     @property
@@ -308,10 +308,22 @@ class Consumer(NamedTuple):
         )
         softmax = self.empty()
         plgpu.barrier_wait(memory.q_ready.at[self.number])
+        pl.when(self.factor < 0)(self.negate_queries)
         self.take_turn(only=1)
         softmax = lax.fori_loop(self.tile.first_step, self.tile.last_step, self.step, softmax)
         self.take_turn(only=0)
         self.write(softmax, out, lse, index)
+
+    @property
+    def factor(self) -> Any:
+        """What products of q and k are multiplied with: logits, in base 2 unless there is a soft cap."""
+        return self.given.factors[0, lax.div(self.head, self.kernel.group)]
+
+    def negate_queries(self) -> None:
+        """So that the factor can be taken for positive: then the largest product is the largest logit."""
+        rows = self.memory.q.at[self.number]
+        rows[...] = -self.registers.matrix(rows[...])
+        plgpu.commit_smem()
 
     def take_turn(self, only: int | None = None) -> None:
         """Wait for the other consumer to come here too; ``only`` one waits in order to fall behind, or to catch up."""
@@ -362,11 +374,10 @@ class Consumer(NamedTuple):
         return Softmax(highest, total, softmax.values * down_rows(decay, values.shape) + values)
 
     def finish(self, logits: jax.Array) -> tuple[jax.Array, Any]:
-        """Products of q and k as logits in base 2, and a factor that they still want."""
-        factor = self.given.factors[0, lax.div(self.head, self.kernel.group)]
-        if self.given.cap is None:
-            # A factor that keeps the order can wait for the subtraction of the maximum, with which it is one operation.
-            return (logits, factor) if self.kernel.factor_is_positive else (logits * factor, 1.0)
+        """Products of q and k as logits in base 2, and a positive factor that they still want."""
+        factor = jnp.maximum(jnp.abs(self.factor), _SMALLEST)
+        if self.given.cap is None:  # multiplied together with the subtraction of the maximum, it is one operation
+            return logits, factor
         cap = self.given.cap[0]
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
         return (cap * LOG2_E) * (1 - 2 / (jnp.exp2(logits * (factor * (2 * LOG2_E) / cap)) + 1)), 1.0
@@ -410,9 +421,11 @@ class Consumer(NamedTuple):
         memory.lse.at[self.number][...] = base * (1 / LOG2_E) + jnp.log(softmax.total)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(memory.lse.at[self.number], lse.at[index, self.head, pl.ds(self.first_query, ROWS)])
-        whole = (self.num_queries == ROWS) & (kernel.head_dim == kernel.v_head_dim)
-        pl.when(whole)(lambda: self.write_whole(values, out))
-        pl.when(jnp.logical_not(whole))(lambda: self.write_rows(values, out))
+        if kernel.head_dim == kernel.v_head_dim:
+            pl.when(self.num_queries == ROWS)(lambda: self.write_whole(values, out))
+            pl.when(self.num_queries < ROWS)(lambda: self.write_rows(values, out))
+        else:
+            self.write_rows(values, out)
         plgpu.wait_smem_to_gmem(0)
 
     def write_whole(self, values: jax.Array, out: Any) -> None:

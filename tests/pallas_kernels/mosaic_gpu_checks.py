@@ -89,6 +89,8 @@ MORE_CASES = [
     AttentionCase("mosaic-gpu-bfloat16", q_dtype="bfloat16", kv_dtype="bfloat16", stored_as="uint16", **MIXED),
     AttentionCase("mosaic-gpu-pages-of-many-steps", block_size=64, **MIXED),
     AttentionCase("mosaic-gpu-negative-scale", scale=-0.7, sinks=True, **MIXED),
+    AttentionCase("mosaic-gpu-scale-of-0", scale=0.0, **MIXED),
+    AttentionCase("mosaic-gpu-context-sinks", context_parallel=(2, 1, 4), sinks=True, **MIXED),
     AttentionCase("mosaic-gpu-trimmed", sliding_window=9, positions="trimmed", block_size=32, **MIXED),
     AttentionCase(
         "mosaic-gpu-everything",
@@ -116,6 +118,6 @@ MINUTES = [
     *("mixed-padding-tokens", "speculative", "more-queries-than-keys", "wide-table", "no-spare-column"),
     *("block-size-16", "block-size-128", "heads-6q6kv", "heads-14q2kv", "head-dim-80", "not-causal-long"),
     *("window-7", "window-long-300", "chunk-12", "chunk-not-causal", "chunk-and-window", "holes", "holes-long"),
-    *("shuffled-holes", "trimmed-window-long", "context-3-2-4", "context-sinks", "context-shuffled", "soft-cap"),
+    *("shuffled-holes", "trimmed-window-long", "context-3-2-4", "context-shuffled", "soft-cap"),
     *("k-scale-head", "v-scale-head", "large-logits", *(case.name for case in MORE_CASES if case.name not in DEFAULT)),
 ]
