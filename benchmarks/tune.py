@@ -54,6 +54,7 @@ SPACES: dict[str, Space] = {
         "prefill_stages": [2, 3, 4],
         "prefill_pages": [8, 16, 32, 64],
         "prefill_queries": [32, 64, 128, 256],
+        "take_turns": [0, 1],
     },
 }
 

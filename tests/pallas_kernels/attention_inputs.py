@@ -47,7 +47,7 @@ def make_inputs(case: AttentionCase) -> AttentionInputs:
         tables,
         kv_lens,
         loc,
-        scale=case.scale or case.head_dim**-0.5,
+        scale=case.head_dim**-0.5 if case.scale is None else case.scale,
         logits_soft_cap=case.logits_soft_cap,
         sinks=sinks,
         block_positions=positions,
