@@ -86,8 +86,8 @@ def attention(bench: Bench, name: str, inputs: AttentionInputs) -> list[Row]:
     read, flops = inputs.bytes_read(shape.sliding_window), inputs.flops(shape.sliding_window)
     plain = not (shape.sliding_window or shape.chunk_size or shape.logits_soft_cap or shape.has_sinks)
     others = {"xla": lambda: attention_us(shape, inputs, **XLA)}
-    if inputs.max_query_len > 1:  # ours may be another form; decode on a GPU is Triton's anyway
-        others["triton"] = lambda: attention_us(shape, inputs, implementation="triton")
+    if inputs.max_query_len > 1 and jax.default_backend() == "gpu":  # a form of ours that runs only where it is named
+        others["mosaic_gpu"] = lambda: attention_us(shape, inputs, implementation="mosaic_gpu")
     if plain and inputs.kv_dtype is None:
         others |= attention_baselines(inputs)
     return bench.rows(f"{inputs.what}, {name}", attention_us(shape, inputs), others, read, flops)

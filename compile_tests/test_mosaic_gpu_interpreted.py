@@ -56,8 +56,10 @@ MUTATIONS = [
     Mutation("holes-read", "holes", "mine & (page < 0)", "mine & (page < -1)"),
     Mutation("positions-ignored", "shuffled-holes", "positions + base, -1", "positions, -1"),
     Mutation("rank-ignored", "context-3-2-4", "_one(given.rank, 0)", "0"),
-    Mutation("all-64-rows-stored", "mixed", "self.shift + self.num_queries)", "ROWS)"),
-    Mutation("tile-too-early", "prefill-chunked", "shift = tile.token + first_query - token", "shift = 0"),
+    Mutation(
+        "all-64-rows-stored", "mixed", "@pl.loop(self.first_row, self.last_row)", "@pl.loop(self.first_row, ROWS)"
+    ),
+    Mutation("rows-before-the-first", "mixed", "jnp.maximum(first, tile.token) - token", "first - token"),
     Mutation(
         "whole-steps-too-many",
         "prefill-two-tiles",

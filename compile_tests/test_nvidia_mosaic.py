@@ -93,6 +93,19 @@ def test_every_block_size(block_size: int, head_dim: int) -> None:
     compile_for("sm_90", attend(shape), *attention_arguments(shape, pages, tokens=512, seqs=8), {})
 
 
+@pytest.mark.parametrize("tokens", [33, 65, 100, 2050])
+def test_any_number_of_tokens(tokens: int) -> None:
+    compile_for("sm_90", attend(LLAMA), *attention_arguments(LLAMA, pages_of(LLAMA), tokens=tokens, seqs=16), {})
+
+
+def test_small_blocks_spill_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = pages_of(LLAMA, block_size=8)
+    with dumped(tmp_path, monkeypatch):
+        compile_for("sm_90", attend(LLAMA), *attention_arguments(LLAMA, pages, tokens=1984, seqs=64), {})
+    (kernel,) = resources_of_mosaic(tmp_path)
+    assert kernel.spilled_bytes == 0
+
+
 @pytest.mark.parametrize("stages", [2, 3, 4])
 @pytest.mark.parametrize("take_turns", [0, 1])
 def test_what_the_tuner_tries(take_turns: int, stages: int) -> None:

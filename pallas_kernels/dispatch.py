@@ -30,10 +30,12 @@ class Operation:
     Attributes:
         name: what the operation, and the function in each module, is called.
         forms: implementation -> module, imported when it is first tried.
+        by_name_only: implementations that are not tried where the caller names none.
     """
 
     name: str
     forms: Mapping[str, str]
+    by_name_only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for implementation in self.forms:
@@ -57,7 +59,7 @@ class Operation:
 
     def _candidates(self, implementation: Implementation) -> tuple[str, ...]:
         if implementation is None:
-            return tuple(name for name in IMPLEMENTATIONS if name in self.forms)
+            return tuple(name for name in IMPLEMENTATIONS if name in self.forms and name not in self.by_name_only)
         candidates = tuple(implementation) if isinstance(implementation, (list, tuple)) else (implementation,)
         if not candidates:
             raise ArgumentError(f"implementation: got {implementation!r}, want one or more of {list(IMPLEMENTATIONS)}")

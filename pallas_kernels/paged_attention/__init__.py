@@ -17,6 +17,7 @@ _OPERATION = Operation(
         "mosaic_tpu": "pallas_kernels.paged_attention.mosaic_tpu",
         "xla": "pallas_kernels.paged_attention.reference",
     },
+    by_name_only=("mosaic_gpu",),  # until it has run on a Hopper
 )
 
 
@@ -93,6 +94,7 @@ def paged_attention(
         max_query_len, max_kv_len: static hints: no sequence has more queries or keys. They choose loops and
             tiles only.
         implementation: a form, a sequence of forms to try in turn, or None for the best possible here.
+            "mosaic_gpu" (Hopper, many queries a sequence) is not among those unless named: it is new, and unmeasured.
 
     Returns:
         out [tokens, q_heads, v_head_dim] of q's dtype; with ``return_lse``, (out, lse f32[tokens, q_heads]),

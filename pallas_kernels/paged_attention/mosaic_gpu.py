@@ -1,6 +1,8 @@
 """Attention on Hopper: sequences with many queries by ``mosaic_gpu_kernel``, those with few by the Triton kernel.
 
-Where a batch has few queries a sequence throughout (decode), there is nothing for this form to do, and it says so.
+Where a batch has few queries a sequence throughout (decode), there is nothing for this form to do, and it says so. It
+runs where it is asked for by name: no Hopper has run it yet, and of what interpreters and compilers cannot see, that is
+the only test.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pallas_kernels.nvidia import Gpu
 from pallas_kernels.paged_attention import triton
 from pallas_kernels.paged_attention.context_parallel import ContextParallel
 from pallas_kernels.paged_attention.mosaic_gpu_kernel import CONSUMERS, Fetched, Inputs, Kernel, Memory
-from pallas_kernels.paged_attention.mosaic_gpu_tiles import Tile, tiles_of_long
+from pallas_kernels.paged_attention.mosaic_gpu_tiles import ALIGNED, Tile, tiles_of_long
 from pallas_kernels.paged_attention.triton_parameters import Parameters, choose_parameters
 from pallas_kernels.paged_attention.visibility import Visibility
 from pallas_kernels.paged_attention.work_items import Sequences, Tables
@@ -76,8 +78,8 @@ def _require_hardware(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, v_he
     if k_pages.shape[2] < 8:
         raise NotImplementedError(f"block_size {k_pages.shape[2]}: shared memory is swizzled in rows of 8")
     for pages in (k_pages, v_pages):
-        if pages.shape[3] % 8:
-            raise NotImplementedError(f"pages {pages.shape}: TMA wants rows of whole 16 bytes")
+        if pages.shape[3] % 64:
+            raise NotImplementedError(f"pages {pages.shape}: TMA takes rows of them in pieces of 64 numbers")
         if pages.size // pages.shape[3] >= 2**31:
             raise NotImplementedError(f"pages {pages.shape}: TMA counts rows of tokens in 31 bits")
 
@@ -143,7 +145,7 @@ class LongByMosaic:
         tiles = tiles_of_long(
             sequences, tables, visibility, of.tokens, more_than=few, queries=kernel.queries_a_tile, keys=kernel.keys
         )
-        spare = max(WARPGROUP_ROWS - of.tokens, 0)
+        spare = _whole_rows(of.tokens) - of.tokens
         inputs = Inputs(
             q=jnp.pad(given.q, ((0, spare), (0, 0), (0, 0))),
             k_rows=given.k_pages.reshape(-1, given.k_pages.shape[3]),
@@ -162,12 +164,17 @@ class LongByMosaic:
         return out[: of.tokens], _by_token(lse, tiles, of.tokens)
 
 
+def _whole_rows(tokens: int) -> int:
+    """Rows of q that TMA can move: whole groups, and enough for one consumer."""
+    return max(-(-tokens // ALIGNED) * ALIGNED, WARPGROUP_ROWS)
+
+
 def _by_token(lse: jax.Array, tiles: Tile, tokens: int) -> jax.Array:
     """f32[tokens, q_heads] of f32[tiles, q_heads, queries]. A consumer's rows are 64 tokens, and end with the last."""
     row = jnp.arange(lse.shape[2], dtype=jnp.int32)
-    first = tiles.token[:, None] + row // WARPGROUP_ROWS * WARPGROUP_ROWS
-    token = jnp.minimum(first, max(tokens, WARPGROUP_ROWS) - WARPGROUP_ROWS) + row % WARPGROUP_ROWS
-    mine = (token >= first) & (token < (tiles.token + tiles.num_queries)[:, None])
+    first = tiles.row[:, None] + row // WARPGROUP_ROWS * WARPGROUP_ROWS
+    token = jnp.minimum(first, _whole_rows(tokens) - WARPGROUP_ROWS) + row % WARPGROUP_ROWS
+    mine = (token >= jnp.maximum(first, tiles.token[:, None])) & (token < (tiles.token + tiles.num_queries)[:, None])
     rows = jnp.moveaxis(lse, 1, 2).reshape(-1, lse.shape[1])
     token = jnp.where(mine, token, tokens).reshape(-1)
     return jnp.full((tokens, lse.shape[1]), -jnp.inf).at[token].set(rows, mode="drop")
@@ -190,8 +197,8 @@ def _launch(kernel: Kernel, inputs: Inputs, interpret: Any) -> tuple[jax.Array, 
             jax.ShapeDtypeStruct((tiles, q_heads, kernel.queries_a_tile), jnp.float32),
         ),
         scratch_types=tuple(memory),
-        grid=(q_heads // kernel.heads_a_tile, tiles),  # heads of one KV head one after another: they share its pages
-        grid_names=("heads", "tile"),
+        grid=(tiles, q_heads // kernel.heads_a_tile),  # heads of one KV head one after another: they share its pages
+        grid_names=("tile", "heads"),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(

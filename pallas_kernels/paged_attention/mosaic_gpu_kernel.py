@@ -29,8 +29,8 @@ from pallas_kernels.paged_attention.triton_kernel import LOG2_E
 from pallas_kernels.paged_attention.visibility import Visibility
 
 CONSUMERS = 2
-# Of 65,536 a multiprocessor: 2 * 128 * 232 + 128 * 40. Accumulators, logits and weights want 160 of a consumer's.
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+# Of 65,536 a multiprocessor: 2 * 128 * 224 + 128 * 56. Accumulators, logits and weights want 160 of a consumer's.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 224, 56
 # For a scale of 0: 0 times the -inf of a key that is not seen would be NaN.
 _SMALLEST = 1e-30
 
@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
     """What the kernel reads; None where the call has no such thing.
 
     Attributes:
-        q: [tokens, q_heads, head_dim], tokens at least 64.
+        q: [tokens, q_heads, head_dim], tokens a multiple of 8 and at least 64.
         k_rows, v_rows: [pages * kv_heads * block_size, D], the pages.
         blocks: i32[seqs, columns], -1: no page; as many spare columns as a step has.
         positions: None, or i32[seqs, columns].
@@ -245,11 +245,11 @@ class Consumer(NamedTuple):
         kernel, given, memory, tile: what it works with.
         number: which consumer.
         head: its q head.
-        first_query, num_queries: of the tile's, its own; the latter may be 0.
-        token: row of q that its first row holds.
-        shift: rows before its first query: where fewer than 64 tokens follow, the rows start earlier.
+        token: row of q that its first row holds, a multiple of 8.
+        first_row, last_row: first and one past the last of its rows that are queries of the tile's.
         start, end: i32[64], the interval of positions that each row sees.
         exists: bool[64], whether the row is a query at a position of 0 or more.
+        factor: f32[], what products of q and k are multiplied with: logits, base 2 unless there is a soft cap.
     """
 
     kernel: Kernel
@@ -258,42 +258,42 @@ class Consumer(NamedTuple):
     tile: Tile
     number: Any
     head: Any
-    first_query: Any
-    num_queries: Any
     token: Any
-    shift: Any
+    first_row: Any
+    last_row: Any
     start: Any
     end: Any
     exists: Any
+    factor: Any
 
     @classmethod
     def create(
         cls, kernel: Kernel, given: Inputs, memory: Memory, tile: Tile, number: Any, first_head: Any
     ) -> Consumer:
-        first_query = 0 if kernel.paired_heads else number * ROWS
-        num_queries = jnp.minimum(jnp.maximum(tile.num_queries - first_query, 0), ROWS)
-        token = jnp.minimum(tile.token + first_query, given.q.shape[0] - ROWS)
-        shift = tile.token + first_query - token
+        first = tile.row + (0 if kernel.paired_heads else number * ROWS)
+        token = jnp.minimum(first, given.q.shape[0] - ROWS)  # near the end, rows before its first are not its own
+        first_row = jnp.maximum(first, tile.token) - token
+        last_row = jnp.minimum(tile.token + tile.num_queries - token, ROWS)
         registers = Registers(kernel.interpret)
-        query = registers.of_rows(lax.iota(jnp.int32, ROWS)) - shift
-        position = tile.position + first_query + query
-        position = jnp.where((query >= 0) & (query < num_queries), position, -1)
+        row = registers.of_rows(lax.iota(jnp.int32, ROWS))
+        position = jnp.where((row >= first_row) & (row < last_row), tile.position + (token - tile.token) + row, -1)
         visibility = Visibility(kernel.causal, _one(given.sliding_window), _one(given.chunk_size))
         start, end = visibility.interval(position, tile.kv_len)
+        head = first_head + (number if kernel.paired_heads else 0)
         return cls(
             kernel=kernel,
             given=given,
             memory=memory,
             tile=tile,
             number=number,
-            head=first_head + (number if kernel.paired_heads else 0),
-            first_query=first_query,
-            num_queries=num_queries,
+            head=head,
             token=token,
-            shift=shift,
+            first_row=first_row,
+            last_row=last_row,
             start=registers.of_rows(start),  # which may be the same for all
             end=registers.of_rows(end),
             exists=position >= 0,
+            factor=given.factors[0, lax.div(head, kernel.group)],
         )
 
     @property
@@ -313,11 +313,6 @@ class Consumer(NamedTuple):
         softmax = lax.fori_loop(self.tile.first_step, self.tile.last_step, self.step, softmax)
         self.take_turn(only=0)
         self.write(softmax, out, lse, index)
-
-    @property
-    def factor(self) -> Any:
-        """What products of q and k are multiplied with: logits, in base 2 unless there is a soft cap."""
-        return self.given.factors[0, lax.div(self.head, self.kernel.group)]
 
     def negate_queries(self) -> None:
         """So that the factor can be taken for positive: then the largest product is the largest logit."""
@@ -420,10 +415,12 @@ class Consumer(NamedTuple):
         base = jnp.where(softmax.highest == -jnp.inf, 0.0, softmax.highest)
         memory.lse.at[self.number][...] = base * (1 / LOG2_E) + jnp.log(softmax.total)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(memory.lse.at[self.number], lse.at[index, self.head, pl.ds(self.first_query, ROWS)])
+        place = pl.ds(0 if kernel.paired_heads else self.number * ROWS, ROWS)
+        plgpu.copy_smem_to_gmem(memory.lse.at[self.number], lse.at[index, self.head, place])
         if kernel.head_dim == kernel.v_head_dim:
-            pl.when(self.num_queries == ROWS)(lambda: self.write_whole(values, out))
-            pl.when(self.num_queries < ROWS)(lambda: self.write_rows(values, out))
+            is_whole = (self.first_row == 0) & (self.last_row == ROWS)
+            pl.when(is_whole)(lambda: self.write_whole(values, out))
+            pl.when(jnp.logical_not(is_whole))(lambda: self.write_rows(values, out))
         else:
             self.write_rows(values, out)
         plgpu.wait_smem_to_gmem(0)
@@ -441,10 +438,13 @@ class Consumer(NamedTuple):
         self.memory.out.at[self.number, :, columns][...] = values
         plgpu.commit_smem()
 
-        @pl.loop(self.shift, self.shift + self.num_queries)
+        @pl.loop(self.first_row, self.last_row)
         def _(row: Any) -> None:
             source = self.memory.out.at[self.number, pl.ds(row, 1), columns]
-            plgpu.copy_smem_to_gmem(source, out.at[pl.ds(self.token + row, 1), self.head])
+            target = out.at[pl.ds(self.token + row, 1), self.head]
+            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+        plgpu.commit_smem_to_gmem_group()
 
 
 def _one(ref: Any, default: Any = None) -> Any:

@@ -11,12 +11,17 @@ from pallas_kernels.paged_attention.triton_items import items_of_long
 from pallas_kernels.paged_attention.visibility import Visibility
 from pallas_kernels.paged_attention.work_items import Sequences, Tables
 
+# TMA moves rows of queries in groups of 8, as they lie in shared memory, and only whole ones: a box that starts inside
+# a group loses what is past its end.
+ALIGNED = 8
+
 
 class Tile(NamedTuple):
     """Queries of one sequence; every field i32[], or i32[tiles] for all of them.
 
     Attributes:
         sequence: which.
+        row: row of q where the tile starts, a multiple of ``ALIGNED``; up to so many rows before its first query.
         token: row of q of the first query.
         num_queries: 0: there is no such tile.
         position: of the first query.
@@ -27,6 +32,7 @@ class Tile(NamedTuple):
     """
 
     sequence: Any
+    row: Any
     token: Any
     num_queries: Any
     position: Any
@@ -48,9 +54,10 @@ def tiles_of_long(
     of: Sequences, tables: Tables, visibility: Visibility, tokens: int, *, more_than: int, queries: int, keys: int
 ) -> Tile:
     """Tiles of ``queries`` queries of all sequences with more than ``more_than``; steps are of ``keys`` keys."""
-    items = items_of_long(of, tokens, more_than=more_than, group=1, rows=queries)
-    sequence, first, start, query_len, kv_len = items.T
-    num_queries = jnp.clip(query_len - first, 0, queries)
+    items = items_of_long(of, tokens, more_than=more_than, group=1, rows=queries, aligned=ALIGNED)
+    sequence, row, start, query_len, kv_len = items.T
+    first = jnp.maximum(row, 0)
+    num_queries = jnp.maximum(jnp.minimum(row + queries, query_len) - first, 0)
     position = kv_len - query_len + first
     last_position = position + jnp.maximum(num_queries - 1, 0)
     first_seen, all_end = visibility.interval(position, kv_len)
@@ -59,6 +66,7 @@ def tiles_of_long(
     first_whole, last_whole = _whole_steps(of, tables, visibility, sequence, all_start, all_end, keys)
     return Tile(
         sequence,
+        start + row,
         start + first,
         num_queries,
         position,

@@ -26,11 +26,14 @@ def items_of_short(of: Sequences, most: int) -> jax.Array:
     return jnp.stack([index, jnp.zeros_like(index), of.start, queries, of.kv_len], axis=1)
 
 
-def items_of_long(of: Sequences, tokens: int, *, more_than: int, group: int, rows: int) -> jax.Array:
+def items_of_long(of: Sequences, tokens: int, *, more_than: int, group: int, rows: int, aligned: int = 1) -> jax.Array:
     """Tiles of ``rows`` rows of all sequences with ``more_than`` queries or more, the last tiles first.
 
     Tokens that belong to no sequence, before the first and after the last, count as two more sequences, of no keys:
     their queries stand at negative positions, and so their outputs are written too.
+
+    A sequence's first tile starts at its first token, or, where tiles must start at a multiple of ``aligned`` tokens,
+    at the last such before it: the tile's first row is then negative.
     """
     seqs = of.start.shape[0]
     zero = jnp.zeros(1, jnp.int32)
@@ -40,12 +43,14 @@ def items_of_long(of: Sequences, tokens: int, *, more_than: int, group: int, row
     kv_len = jnp.concatenate([zero, of.kv_len, zero])
     is_real = jnp.arange(seqs + 2) % (seqs + 1) != 0
     mine = (query_len > more_than) | ~is_real
-    tiles = jnp.where(mine, -(-query_len * group // rows), 0)
+    lead = start % aligned
+    tiles = jnp.where(mine & (query_len > 0), -(-(lead + query_len) * group // rows), 0)
     ends = jnp.cumsum(tiles, dtype=jnp.int32)
-    bound = tokens * group // rows + min(seqs, tokens // (more_than + 1)) + 2
+    most = min(seqs, tokens // (more_than + 1)) + 2
+    bound = (tokens + most * (aligned - 1)) * group // rows + most
     index = jnp.arange(bound, dtype=jnp.int32)[::-1]
     which = jnp.minimum(jnp.sum(ends[None, :] <= index[:, None], axis=1, dtype=jnp.int32), seqs + 1)
-    first_row = (index - (ends - tiles)[which]) * rows
+    first_row = (index - (ends - tiles)[which]) * rows - (lead * group)[which]
     queries = jnp.where(index < ends[-1], query_len[which], 0)
     sequence = jnp.clip(which - 1, 0, seqs - 1)
     return jnp.stack([sequence, first_row, start[which], queries, kv_len[which]], axis=1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
@@ -13,6 +14,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from pallas_kernels import paged_attention
 from pallas_kernels.interpret import interpret_pallas
 from pallas_kernels.paged_attention import mosaic_gpu, triton
+from pallas_kernels.paged_attention.context_parallel import WHOLE_CONTEXT
+from pallas_kernels.paged_attention.mosaic_gpu_tiles import tiles_of_long
+from pallas_kernels.paged_attention.visibility import Visibility
+from pallas_kernels.paged_attention.work_items import Sequences, Tables
 from tests.pallas_kernels.attention_cases import AttentionCase
 from tests.pallas_kernels.attention_inputs import make_inputs
 from tests.pallas_kernels.gpu import needs_gpu
@@ -47,12 +52,12 @@ def test_against_float64_on_a_gpu(name: str, dtype: str, head_dim: int, monkeypa
         pytest.skip(str(error))
 
 
-def traced_for(kind: str, cores: int, case: AttentionCase = PREFILL, **changes: Any) -> None:
+def traced_for(kind: str, cores: int, case: AttentionCase = PREFILL, **form: Any) -> None:
     """``paged_attention`` traced for a GPU that is not there."""
-    arguments = {**make_inputs(case).arguments, **changes}
+    arguments = {**make_inputs(case).arguments, **(form or MOSAIC)}
     device = AbstractDevice(device_kind=kind, num_cores=cores, platform="gpu")
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        jax.jit(lambda: paged_attention(**arguments, **MOSAIC)).trace()
+        jax.jit(lambda: paged_attention(**arguments)).trace()
 
 
 def test_refuses_what_it_cannot_with_the_reason() -> None:
@@ -77,6 +82,7 @@ def test_refuses_what_it_cannot_with_the_reason() -> None:
         ({"q_dtype": "float32", "kv_dtype": "float32"}, "products are of bfloat16 or float16"),
         ({"kv_dtype": "int8"}, "q of bfloat16 and pages of int8"),
         ({"block_size": 4}, "block_size 4"),
+        ({"storage_head_dim": 72, "v_storage_head_dim": 72}, "pieces of 64 numbers"),
         ({"block_size": 24}, "block_size 24 neither divides nor is divided by 128"),
         ({"query_lens": (16,)}, "16 queries a sequence at most"),
         ({"query_lens": None}, "1 queries a sequence at most"),
@@ -98,9 +104,42 @@ def test_pools_of_2_to_31_rows_are_left_to_others() -> None:
         jax.eval_shape(lambda q, k, v: paged_attention(q, k, v, **lengths, **MOSAIC), q, pages, pages)
 
 
-def test_is_tried_first_on_hopper_and_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named first in a sequence: a prefill runs here, a decode goes on to the form after it."""
+def test_runs_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(mosaic_gpu, "paged_attention", asked)
+    traced_for(*H100, implementation=None)
+    with pytest.raises(AssertionError, match="asked"):
+        traced_for(*H100, implementation=("mosaic_gpu", "triton"))
+
+
+def test_decode_goes_on_to_the_next_form(monkeypatch: pytest.MonkeyPatch) -> None:
     with interpreted(monkeypatch, few_rows=64), pytest.raises(NotImplementedError, match="decode is what the Triton"):
         paged_attention(**make_inputs(ALL["decode"]).arguments, **MOSAIC)
     arguments = make_inputs(ALL["decode"]).arguments
     assert paged_attention(**arguments, implementation=("mosaic_gpu", "xla")).shape == arguments["q"].shape
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("queries", [64, 128])
+def test_tiles_start_at_whole_groups_of_rows_and_hold_every_token_once(queries: int, seed: int) -> None:
+    """What the interpreter cannot tell: TMA would lose rows of a tile that started elsewhere."""
+    rng = np.random.default_rng(seed)
+    lens = rng.integers(0, (9, 90, 300)[seed % 3], rng.integers(1, 9))
+    before, after = rng.integers(0, 20, 2)
+    loc = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32) + np.int32(before)
+    tokens, kv_lens = int(loc[-1] + after), (lens + rng.integers(0, 50, lens.size)).astype(np.int32)
+    sequences = Sequences.create(jnp.asarray(loc), jnp.asarray(kv_lens), tokens)
+    blocks = jnp.zeros((lens.size, 64), jnp.int32)
+    tables = Tables.create(blocks, None, step=8, num_pages=1, block_size=16, context=WHOLE_CONTEXT)
+    visibility = Visibility(True, None, None)
+    tiles = tiles_of_long(sequences, tables, visibility, tokens, more_than=1, queries=queries, keys=128)
+    held = np.zeros(tokens, int)
+    for row, token, number in zip(*(np.asarray(x) for x in (tiles.row, tiles.token, tiles.num_queries)), strict=True):
+        if number:
+            assert row % 8 == 0
+            assert row <= token < token + number <= row + queries
+            held[token : token + number] += 1
+    single = np.concatenate([np.zeros(before, bool), np.repeat(lens == 1, lens), np.zeros(after, bool)])
+    np.testing.assert_array_equal(held, ~single)
