@@ -46,7 +46,7 @@ MUTATIONS = [
     Mutation("sees-the-next-token", "mixed", "position < down_rows(self.end", "position <= down_rows(self.end"),
     Mutation("window-too-narrow", "window-7", "position >= down_rows(self.start", "position > down_rows(self.start"),
     Mutation("never-masked", "mixed", "lambda x: self.mask(x, slot)", "lambda x: x"),
-    Mutation("scales-swapped", "k-scale-head", "self.given.factors[0,", "self.given.factors[1,"),
+    Mutation("scales-swapped", "k-scale-head", "factor=given.factors[0,", "factor=given.factors[1,"),
     Mutation("sign-ignored", "mosaic-gpu-negative-scale", "pl.when(self.factor < 0)(self.negate_queries)", "None"),
     Mutation("scale-of-0", "mosaic-gpu-scale-of-0", "_SMALLEST = 1e-30", "_SMALLEST = 0.0"),
     Mutation("output-not-scaled", "v-scale-head", "factor / softmax.total", "1 / softmax.total"),
@@ -59,7 +59,6 @@ MUTATIONS = [
     Mutation(
         "all-64-rows-stored", "mixed", "@pl.loop(self.first_row, self.last_row)", "@pl.loop(self.first_row, ROWS)"
     ),
-    Mutation("rows-before-the-first", "mixed", "jnp.maximum(first, tile.token) - token", "first - token"),
     Mutation(
         "whole-steps-too-many",
         "prefill-two-tiles",

@@ -21,7 +21,7 @@ from pallas_kernels.paged_attention.work_items import Sequences, Tables
 from tests.pallas_kernels.attention_cases import AttentionCase
 from tests.pallas_kernels.attention_inputs import make_inputs
 from tests.pallas_kernels.gpu import needs_gpu
-from tests.pallas_kernels.mosaic_gpu_checks import ALL, DEFAULT, check, interpreted
+from tests.pallas_kernels.mosaic_gpu_checks import ALL, DEFAULT, MINUTES, check, interpreted
 from tests.pallas_kernels.triton_checks import check_attention
 
 MOSAIC: dict[str, Any] = {"implementation": "mosaic_gpu"}
@@ -36,10 +36,11 @@ def test_against_float64_interpreted(name: str, monkeypatch: pytest.MonkeyPatch)
     check(ALL[name], monkeypatch)
 
 
+ON_A_GPU = [(name, "bfloat16", 128) for name in ALL] + [(name, "float16", 64) for name in DEFAULT + MINUTES]
+
+
 @needs_gpu
-@pytest.mark.parametrize("head_dim", mosaic_gpu.HEAD_DIMS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", list(ALL))
+@pytest.mark.parametrize(("name", "dtype", "head_dim"), ON_A_GPU)
 def test_against_float64_on_a_gpu(name: str, dtype: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shared cases, in the sizes and formats that this form has."""
     monkeypatch.setattr(triton, "FEW_ROWS", 0)
@@ -121,12 +122,12 @@ def test_decode_goes_on_to_the_next_form(monkeypatch: pytest.MonkeyPatch) -> Non
     assert paged_attention(**arguments, implementation=("mosaic_gpu", "xla")).shape == arguments["q"].shape
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("queries", [64, 128])
 def test_tiles_start_at_whole_groups_of_rows_and_hold_every_token_once(queries: int, seed: int) -> None:
     """What the interpreter cannot tell: TMA would lose rows of a tile that started elsewhere."""
     rng = np.random.default_rng(seed)
-    lens = rng.integers(0, (9, 90, 300)[seed % 3], rng.integers(1, 9))
+    lens = rng.integers(0, (9, 90, 300)[seed], rng.integers(1, 9))
     before, after = rng.integers(0, 20, 2)
     loc = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32) + np.int32(before)
     tokens, kv_lens = int(loc[-1] + after), (lens + rng.integers(0, 50, lens.size)).astype(np.int32)
