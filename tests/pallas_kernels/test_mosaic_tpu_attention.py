@@ -45,11 +45,10 @@ def test_against_float64(name: str) -> None:
     check_attention(mosaic_tpu.paged_attention, ALL[name])
 
 
-@pytest.mark.parametrize("mode", [STRICT, True], ids=["strict", "forgiving"])
 @pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
-def test_tables_of_several_pieces(case: AttentionCase, mode: Any) -> None:
+def test_tables_of_several_pieces(case: AttentionCase) -> None:
     with forced("paged_attention", decode_pages=20, prefill_pages=50):
-        check_attention(mosaic_tpu.paged_attention, case, mode)
+        check_attention(mosaic_tpu.paged_attention, case, STRICT)
 
 
 @pytest.mark.parametrize("name", ["decode", "mixed-long", "shuffled-holes", "everything"])

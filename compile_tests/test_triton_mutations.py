@@ -1,4 +1,4 @@
-"""A Triton kernel broken on purpose is found out, by the comparison that the unbroken one passes."""
+"""A Triton kernel broken on purpose is found out, by the comparison that the unbroken one passes. Interpreted."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ MUTATIONS = [
     _attention(
         "second-tile-lost",
         "prefill-two-tiles",
-        "-(-query_len * group // rows)",
+        "-(-(lead + query_len) * group // rows)",
         "jnp.minimum(query_len, 1)",
         "triton_items",
     ),
