@@ -19,9 +19,10 @@ LLAMA = SHAPES["Llama-3-8B"]
 SEQS, WIDTH = 256, 8192
 
 
-@pytest.mark.parametrize("tpu", TPUS)
+@pytest.mark.parametrize(
+    ("positions", "tpu"), [(False, tpu) for tpu in TPUS] + [(True, "v5e"), (True, "tpu7x")], ids=str
+)
 @pytest.mark.parametrize("tokens", [SEQS, 2048], ids=["decode", "ragged"])
-@pytest.mark.parametrize("positions", [False, True], ids=["in-order", "block-positions"])
 def test_tables_of_8_mib_in_a_scan_over_layers(positions: bool, tokens: int, tpu: str) -> None:
     """256 sequences of up to 131072 tokens: eight times the scalar memory, and as much of positions."""
     pools = pool(LLAMA)

@@ -19,15 +19,11 @@ from tests.pallas_kernels.mosaic_checks import QUICKLY, STRICT, check_attention,
 
 ALL = {case.name: case for case in CASES}
 
-# Each option once or twice, in decode and in mixed batches: an interpreted kernel takes seconds to compile.
+# Most options once, in decode or in mixed batches: an interpreted kernel takes seconds to compile.
 INTERPRETED = [
-    *("decode", "decode-empty-sequences", "decode-long", "decode-padding-sequences", "only-padding"),
-    *("prefill-two-tiles", "mixed-empty-queries", "mixed-padding-tokens", "speculative", "more-queries-than-keys"),
-    *("no-spare-column", "block-size-1", "heads-14q2kv", "v-head-dim-larger", "storage-padded", "not-causal-long"),
-    *("window-long-300", "window-decode-long", "chunk-decode", "chunk-and-window", "holes-long", "shuffled-holes"),
-    *("trimmed-window-long", "context-3-2-4", "context-sinks", "context-shuffled", "soft-cap", "sinks-decode"),
-    *("k-scale-head", "large-logits", "int8-as-uint8-head-head", "bfloat16-as-uint16-None-None", "everything"),
-    *("float8_e4m3fn-as-float8_e4m3fn-head-tensor", "q-bfloat16"),
+    *("decode-empty-sequences", "decode-long", "prefill-two-tiles", "mixed-padding-tokens", "speculative"),
+    *("no-spare-column", "heads-14q2kv", "storage-padded", "window-long-300", "chunk-and-window", "holes-long"),
+    *("shuffled-holes", "context-3-2-4", "soft-cap", "sinks-decode", "int8-as-uint8-head-head", "everything"),
 ]
 
 
@@ -51,7 +47,7 @@ def test_tables_of_several_pieces(case: AttentionCase) -> None:
         check_attention(mosaic_tpu.paged_attention, case, STRICT)
 
 
-@pytest.mark.parametrize("name", ["decode", "mixed-long", "shuffled-holes", "everything"])
+@pytest.mark.parametrize("name", ["decode", "mixed-long", "shuffled-holes"])
 def test_with_copies_done_when_they_start(name: str) -> None:
     """In the other interpreter, where a buffer that is still needed is overwritten at once."""
     with forced("paged_attention", decode_pages=4, prefill_pages=8):
