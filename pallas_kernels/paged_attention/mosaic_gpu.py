@@ -16,12 +16,10 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic_gpu import WARPGROUP_ROWS, matrix_memory, plgpu, target_hopper
 from pallas_kernels.nvidia import Gpu
 from pallas_kernels.paged_attention import triton
-from pallas_kernels.paged_attention.context_parallel import ContextParallel
 from pallas_kernels.paged_attention.mosaic_gpu_kernel import CONSUMERS, Fetched, Inputs, Kernel, Memory
 from pallas_kernels.paged_attention.mosaic_gpu_tiles import ALIGNED, Tile, tiles_of_long
 from pallas_kernels.paged_attention.triton_parameters import Parameters, choose_parameters
-from pallas_kernels.paged_attention.visibility import Visibility
-from pallas_kernels.paged_attention.work_items import Sequences, Tables
+from pallas_kernels.paged_attention.work_items import Sequences
 from pallas_kernels.tuning import parameters
 
 HEAD_DIMS = (64, 128)
@@ -116,7 +114,6 @@ class LongByMosaic:
         """(out [tokens, q_heads, v_head_dim], lse); rows of sequences of at most ``few`` queries are anything."""
         given, static = of.given, of.static
         _, kv_heads, block_size, _ = given.k_pages.shape
-        rank = 0 if given.rank is None else given.rank[0]
         kernel = Kernel(
             keys=self.steps.prefill_keys,
             stages=self.steps.prefill_stages,
@@ -132,18 +129,9 @@ class LongByMosaic:
             context_interleave=static["context_interleave"],
             interpret=self.interpret is not None,
         )
-        tables = Tables.create(
-            given.block_tables,
-            given.block_positions,
-            step=kernel.pages,
-            num_pages=given.k_pages.shape[0],
-            block_size=block_size,
-            context=ContextParallel(kernel.context_size, rank, kernel.context_interleave),
-        )
-        one = lambda x: None if x is None else x[0]  # noqa: E731
-        visibility = Visibility(kernel.causal, one(given.sliding_window), one(given.chunk_size))
+        tables = of.tables(step=kernel.pages)
         tiles = tiles_of_long(
-            sequences, tables, visibility, of.tokens, more_than=few, queries=kernel.queries_a_tile, keys=kernel.keys
+            sequences, tables, of.visibility, of.tokens, more_than=few, queries=kernel.queries_a_tile, keys=kernel.keys
         )
         spare = _whole_rows(of.tokens) - of.tokens
         inputs = Inputs(

@@ -237,22 +237,28 @@ class Attention:
 
     def columns(self, items: jax.Array | None, rows: int) -> jax.Array | None:
         """Which columns of a table with positions each item sees; without, the kernel knows by itself."""
-        given, static = self.given, self.static
-        if given.block_positions is None:
+        if self.given.block_positions is None:
             return None
-        one = lambda array: None if array is None else array[0]  # noqa: E731
+        items = items_of_decode(self.given.kv_lens) if items is None else items
+        return columns_of(items, self.tables(0), self.visibility, group=self.static["group"], rows=rows)
+
+    def tables(self, step: int) -> Tables:
+        """The block tables as XLA walks them, with ``step`` spare columns."""
+        given, static = self.given, self.static
         rank = 0 if given.rank is None else given.rank[0]
-        tables = Tables.create(
+        return Tables.create(
             given.block_tables,
             given.block_positions,
-            step=0,
+            step=step,
             num_pages=given.k_pages.shape[0],
             block_size=given.k_pages.shape[2],
             context=ContextParallel(static["context_size"], rank, static["context_interleave"]),
         )
-        visibility = Visibility(static["causal"], one(given.sliding_window), one(given.chunk_size))
-        items = items_of_decode(given.kv_lens) if items is None else items
-        return columns_of(items, tables, visibility, group=static["group"], rows=rows)
+
+    @property
+    def visibility(self) -> Visibility:
+        window, chunk = (None if x is None else x[0] for x in (self.given.sliding_window, self.given.chunk_size))
+        return Visibility(self.static["causal"], window, chunk)
 
     def launch(
         self,
