@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.interpret import interpret_pallas
 from pallas_kernels.number_format import logical_dtype
 from pallas_kernels.paged_attention.arguments import check_arguments
-from tests.pallas_kernels import attention_inputs, merge_cases, numpy_reference, write_cases
+from tests.pallas_kernels import attention_inputs, failed_callbacks, merge_cases, numpy_reference, write_cases
 from tests.pallas_kernels.attention_cases import AttentionCase
 from tests.pallas_kernels.merge_cases import MergeCase
 from tests.pallas_kernels.page_cases import NUM_PAGES, CopyCase, GatherCase
@@ -55,7 +55,7 @@ STRICT = pltpu.InterpretParams()
 def interpreted(mode: Any = STRICT) -> Iterator[None]:
     """Under an interpreter, by default the strict one, whose memory is cleared after."""
     try:
-        with interpret_pallas(mode):
+        with failed_callbacks.kept_inside(), interpret_pallas(mode):
             yield
     finally:
         pltpu.reset_tpu_interpret_mode_state()

@@ -19,6 +19,7 @@ import pytest
 from pallas_kernels.interpret import interpret_pallas
 from pallas_kernels.paged_attention import mosaic_gpu, triton
 from pallas_kernels.tuning import forced
+from tests.pallas_kernels import failed_callbacks
 from tests.pallas_kernels.attention_cases import CASES, AttentionCase
 from tests.pallas_kernels.triton_checks import QUICKLY, SMALL_TILES, check_attention
 
@@ -65,9 +66,12 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, *, few_rows: int = 0) -> Iterat
         impatient = SimpleNamespace(**{**vars(threading), "Condition": _Impatient})
         monkeypatch.setattr(f"{_INTERPRETER}.shared_memory.threading", impatient)
     monkeypatch.setattr(triton, "FEW_ROWS", few_rows)
-    params = importlib.import_module(f"{_INTERPRETER}.params").InterpretGPUParams(detect_races=True)
+    # Transfers of one TMA thread count as ordered: with many, waiting for one does not pass for waiting for another.
+    params = importlib.import_module(f"{_INTERPRETER}.params").InterpretGPUParams(
+        detect_races=True, num_tma_threads_per_device=64
+    )
     try:
-        with interpret_pallas(params), forced("paged_attention", **STEPS):
+        with failed_callbacks.kept_inside(), interpret_pallas(params), forced("paged_attention", **STEPS):
             yield
     finally:
         interpreter.reset_gpu_interpret_mode_state()
