@@ -5,14 +5,12 @@ And kernels broken on purpose, each of which a case, the detector or a barrier f
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
+from tests.pallas_kernels.broken_forms import broken
 from tests.pallas_kernels.mosaic_gpu_checks import ALL, MINUTES, check
-from tests.pallas_kernels.triton_checks import load
 
 PACKAGE = "pallas_kernels.paged_attention"
 
@@ -85,22 +83,9 @@ MUTATIONS = [
 FOUND = ("raced for", "RACE DETECTED", "waited for a barrier", "did not observe", "was observed", "differ", "aborted")
 
 
-def broken(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The form, made afresh with the broken module in place of the sound one."""
-    source = inspect.getsource(importlib.import_module(f"{PACKAGE}.{mutation.where}"))
-    assert source.count(mutation.old) == 1, f"{mutation.old!r} stands {source.count(mutation.old)} times"
-    mutant = load(source.replace(mutation.old, mutation.new), "mutant", monkeypatch)
-    if mutation.where == "mosaic_gpu":
-        return mutant.paged_attention
-    form = load(inspect.getsource(importlib.import_module(f"{PACKAGE}.mosaic_gpu")), "mutant_form", monkeypatch)
-    for name, value in list(vars(form).items()):
-        if getattr(value, "__module__", None) == f"{PACKAGE}.{mutation.where}":
-            setattr(form, name, getattr(mutant, name))
-    return form.paged_attention
-
-
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
 def test_a_broken_kernel_is_found_out(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
-    form = broken(mutation, monkeypatch)
+    where = f"{PACKAGE}.{mutation.where}"
+    form = broken(f"{PACKAGE}.mosaic_gpu", where, mutation.old, mutation.new, monkeypatch).paged_attention
     with pytest.raises(Exception, match="|".join(FOUND)):  # of whatever class the interpreter makes of it
         check(ALL[mutation.case], monkeypatch, form)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
-import sys
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +12,7 @@ import pytest
 from pallas_kernels.tuning import forced
 from tests.pallas_kernels import merge_cases, page_cases, write_cases
 from tests.pallas_kernels.attention_cases import AttentionCase
+from tests.pallas_kernels.broken_forms import broken
 from tests.pallas_kernels.mosaic_checks import (
     STRICT,
     check_attention,
@@ -323,39 +320,12 @@ MUTATIONS = [
 ]
 
 
-# Modules that import others of ours, after those: a mutation reaches the form through all of them.
-IMPORTING = [f"{PACKAGE}.{PAGES}", f"{PACKAGE}.{KERNEL}"]
-
-
-def _changed_sources(mutation: Mutation) -> dict[str, str]:
-    """The sources of the module with the mutation and of all that import it, the operation's form last."""
-    where, form = f"{PACKAGE}.{mutation.where}", f"{PACKAGE}.{mutation.operation}.mosaic_tpu"
-    source = inspect.getsource(importlib.import_module(where))
-    assert source.count(mutation.old) == 1, "the mutation's place has changed"
-    changed = {where: source.replace(mutation.old, mutation.new)}
-    for name in (*IMPORTING, form):
-        text = before = inspect.getsource(importlib.import_module(name))
-        for other in changed:
-            text = text.replace(f"from {other} import", f"from mutant.{other} import")
-        if text != before and name not in changed:
-            changed[name] = text
-    assert list(changed)[-1] == form
-    return changed
-
-
 @pytest.fixture
-def mutant(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
-    """The operation's form with the mutation in it; its modules are forgotten after."""
+def mutant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The operation's form with the mutation in it."""
     mutation: Mutation = request.param
-    changed = _changed_sources(mutation)
-    try:
-        for name, text in changed.items():
-            module = sys.modules[f"mutant.{name}"] = ModuleType(f"mutant.{name}")
-            exec(compile(text, f"mutant of {name}", "exec"), module.__dict__)
-        yield getattr(module, mutation.operation)
-    finally:
-        for name in changed:
-            sys.modules.pop(f"mutant.{name}", None)
+    form, where = f"{PACKAGE}.{mutation.operation}.mosaic_tpu", f"{PACKAGE}.{mutation.where}"
+    return getattr(broken(form, where, mutation.old, mutation.new, monkeypatch), mutation.operation)
 
 
 UNBROKEN = [mutation for mutation in MUTATIONS if mutation.old == mutation.new]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +13,14 @@ from pallas_kernels.interpret import interpret_pallas
 from pallas_kernels.tuning import forced
 from tests.pallas_kernels import attention_cases, merge_cases, page_cases, write_cases
 from tests.pallas_kernels.attention_cases import AttentionCase
-from tests.pallas_kernels.triton_checks import (
+from tests.pallas_kernels.broken_forms import broken
+from tests.pallas_kernels.form_checks import (
     SMALL_TILES,
     check_attention,
     check_copy,
     check_gather,
     check_merge,
     check_write,
-    load,
 )
 
 CHECKS: dict[str, Callable[[Any, Any], None]] = {
@@ -203,21 +202,6 @@ MUTATIONS = [
 ]
 
 
-def broken(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The operation's form, made afresh with the broken module in place of the sound one."""
-    package = f"pallas_kernels.{mutation.operation}"
-    source = inspect.getsource(importlib.import_module(f"{package}.{mutation.where}"))
-    assert source.count(mutation.old) == 1, f"{mutation.old!r} stands {source.count(mutation.old)} times"
-    mutant = load(source.replace(mutation.old, mutation.new), "mutant", monkeypatch)
-    if mutation.where == "triton":
-        return getattr(mutant, mutation.operation)
-    form = load(inspect.getsource(importlib.import_module(f"{package}.triton")), "mutant_form", monkeypatch)
-    for name, value in list(vars(form).items()):
-        if getattr(value, "__module__", None) == f"{package}.{mutation.where}":
-            setattr(form, name, getattr(mutant, name))
-    return getattr(form, mutation.operation)
-
-
 def check(form: Any, operation: str, case: str) -> None:
     with interpret_pallas(), forced("paged_attention", **SMALL_TILES), forced("paged_gather", words=512):
         CHECKS[operation](form, CASES[operation][case])
@@ -225,9 +209,10 @@ def check(form: Any, operation: str, case: str) -> None:
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_the_case_tells(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
-    form = broken(mutation, monkeypatch)
+    package = f"pallas_kernels.{mutation.operation}"
+    form = broken(f"{package}.triton", f"{package}.{mutation.where}", mutation.old, mutation.new, monkeypatch)
     with pytest.raises(AssertionError):
-        check(form, mutation.operation, mutation.case)
+        check(getattr(form, mutation.operation), mutation.operation, mutation.case)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pallas_kernels.paged_attention import mosaic_gpu, triton
 from pallas_kernels.tuning import forced
 from tests.pallas_kernels import failed_callbacks
 from tests.pallas_kernels.attention_cases import CASES, AttentionCase
-from tests.pallas_kernels.triton_checks import QUICKLY, SMALL_TILES, check_attention
+from tests.pallas_kernels.form_checks import QUICKLY, SMALL_TILES, check_attention
 
 _INTERPRETER = "jax._src.pallas.mosaic_gpu.interpret"
 _PATIENCE_S = 30.0

@@ -20,9 +20,9 @@ from pallas_kernels.paged_attention.visibility import Visibility
 from pallas_kernels.paged_attention.work_items import Sequences, Tables
 from tests.pallas_kernels.attention_cases import AttentionCase
 from tests.pallas_kernels.attention_inputs import make_inputs
+from tests.pallas_kernels.form_checks import check_attention
 from tests.pallas_kernels.gpu import needs_gpu
 from tests.pallas_kernels.mosaic_gpu_checks import ALL, DEFAULT, MINUTES, check, interpreted
-from tests.pallas_kernels.triton_checks import check_attention
 
 MOSAIC: dict[str, Any] = {"implementation": "mosaic_gpu"}
 PREFILL = AttentionCase(

@@ -15,7 +15,8 @@ from pallas_kernels.paged_attention import mosaic_tpu
 from pallas_kernels.tuning import forced
 from tests.pallas_kernels.attention_cases import CASES, AttentionCase
 from tests.pallas_kernels.attention_inputs import make_inputs
-from tests.pallas_kernels.mosaic_checks import QUICKLY, STRICT, check_attention, interpreted
+from tests.pallas_kernels.form_checks import QUICKLY
+from tests.pallas_kernels.mosaic_checks import STRICT, check_attention, interpreted
 
 ALL = {case.name: case for case in CASES}
 

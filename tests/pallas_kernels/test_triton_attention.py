@@ -21,8 +21,8 @@ from pallas_kernels.paged_attention import triton
 from pallas_kernels.tuning import forced
 from tests.pallas_kernels.attention_cases import CASES, AttentionCase
 from tests.pallas_kernels.attention_inputs import make_inputs
+from tests.pallas_kernels.form_checks import QUICKLY, SMALL_TILES, check_attention
 from tests.pallas_kernels.gpu import needs_gpu
-from tests.pallas_kernels.triton_checks import QUICKLY, SMALL_TILES, check_attention
 
 MIXED: dict[str, Any] = {"kv_lens": (5, 33, 20, 64, 16), "query_lens": (5, 1, 20, 3, 1)}
 LONG: dict[str, Any] = {"kv_lens": (700, 1300, 512), "query_lens": (1, 70, 9), "block_size": 16}

@@ -21,11 +21,11 @@ from pallas_kernels.paged_copy import triton as copy
 from pallas_kernels.paged_gather import triton as gather
 from pallas_kernels.paged_write import triton as write
 from tests.pallas_kernels import merge_cases, write_cases
+from tests.pallas_kernels.form_checks import check_copy, check_gather, check_merge, check_write
 from tests.pallas_kernels.gpu import needs_gpu
 from tests.pallas_kernels.merge_cases import MergeCase
 from tests.pallas_kernels.page_cases import COPY_CASES, GATHER_CASES, CopyCase, GatherCase
 from tests.pallas_kernels.stored_numbers import bits
-from tests.pallas_kernels.triton_checks import check_copy, check_gather, check_merge, check_write
 from tests.pallas_kernels.write_cases import WriteCase
 
 # What the shared tables have not: pages whose words do not come in powers of two, and the pieces that Triton makes of

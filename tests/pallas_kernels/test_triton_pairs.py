@@ -23,9 +23,10 @@ from pallas_kernels.tuning import forced
 from pallas_kernels.words import as_pairs, as_words, from_words
 from tests.pallas_kernels import attention_cases, write_cases
 from tests.pallas_kernels.attention_cases import AttentionCase
+from tests.pallas_kernels.broken_forms import load
+from tests.pallas_kernels.form_checks import SMALL_TILES, check_attention, check_write
 from tests.pallas_kernels.gpu import needs_gpu
 from tests.pallas_kernels.stored_numbers import logical
-from tests.pallas_kernels.triton_checks import SMALL_TILES, check_attention, check_write, load
 from tests.pallas_kernels.write_cases import WriteCase
 
 Case = AttentionCase | WriteCase

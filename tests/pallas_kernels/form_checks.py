@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from pallas_kernels.interpret import interpret_mode
@@ -110,11 +107,3 @@ def check_merge(form: Form, case: MergeCase) -> None:
     tolerance = TOLERANCE[case.dtype]
     chex.assert_trees_all_close(out.astype(np.float64), expected[0], atol=tolerance, rtol=tolerance)
     chex.assert_trees_all_close(lse.astype(np.float64), expected[1], atol=1e-5, rtol=1e-5)
-
-
-def load(source: str, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module of that source, which dataclasses can find while the test runs."""
-    module = ModuleType(name)
-    monkeypatch.setitem(sys.modules, name, module)
-    exec(compile(source, name, "exec"), module.__dict__)
-    return module
