@@ -24,18 +24,20 @@ from tests.pallas_kernels.attention_cases import CASES, AttentionCase
 from tests.pallas_kernels.form_checks import QUICKLY, SMALL_TILES, check_attention
 
 _INTERPRETER = "jax._src.pallas.mosaic_gpu.interpret"
-_PATIENCE_S = 30.0
 # Steps of 16 keys, two in flight, so that short cases have several.
 STEPS = {**SMALL_TILES, "prefill_stages": 2}
 
 
-class _Impatient(threading.Condition):
+def _impatient(seconds: float) -> type[threading.Condition]:
     """A wait that nobody ends is an error: a kernel broken on purpose may wait for ever."""
 
-    def wait(self, timeout: float | None = None) -> bool:
-        if not super().wait(timeout or _PATIENCE_S):
-            raise TimeoutError("a warpgroup waited for a barrier that nobody completed")
-        return True
+    class Impatient(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            if not super().wait(timeout or seconds):
+                raise TimeoutError("a warpgroup waited for a barrier that nobody completed")
+            return True
+
+    return Impatient
 
 
 def _compiled_once() -> Any:
@@ -54,16 +56,17 @@ def _compiled_once() -> Any:
 
 
 @contextmanager
-def interpreted(monkeypatch: pytest.MonkeyPatch, *, few_rows: int = 0) -> Iterator[None]:
+def interpreted(monkeypatch: pytest.MonkeyPatch, *, few_rows: int = 0, patience_s: float = 120.0) -> Iterator[None]:
     """Inside, Mosaic GPU kernels are interpreted, and accesses that nothing orders one after another are noticed.
 
-    ``few_rows`` stands for ``triton.FEW_ROWS``: 0, so that all sequences of two queries and more are tiles.
+    ``few_rows`` stands for ``triton.FEW_ROWS``: 0, so that all sequences of two queries and more are tiles. A barrier
+    not completed for ``patience_s`` seconds is an error.
     """
     pytest.importorskip("absl", reason="jax.experimental.pallas.mosaic_gpu wants absl-py")
     interpreter = importlib.import_module(f"{_INTERPRETER}.interpret_pallas_call")
     if jax.__version_info__ < (0, 11):
         monkeypatch.setattr("jax._src.pallas.mosaic.interpret.thread_map._run_jaxpr", _compiled_once())
-        impatient = SimpleNamespace(**{**vars(threading), "Condition": _Impatient})
+        impatient = SimpleNamespace(**{**vars(threading), "Condition": _impatient(patience_s)})
         monkeypatch.setattr(f"{_INTERPRETER}.shared_memory.threading", impatient)
     monkeypatch.setattr(triton, "FEW_ROWS", few_rows)
     # Transfers of one TMA thread count as ordered: with many, waiting for one does not pass for waiting for another.
@@ -79,7 +82,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, *, few_rows: int = 0) -> Iterat
 
 def check(case: AttentionCase, monkeypatch: pytest.MonkeyPatch, form: Any = None) -> None:
     """The form, or a broken copy of it, against float64 and the race detector."""
-    with interpreted(monkeypatch):
+    with interpreted(monkeypatch, patience_s=15.0 if form else 120.0):
         check_attention(form or mosaic_gpu.paged_attention, case)
         races = importlib.import_module(f"{_INTERPRETER}.interpret_pallas_call").get_races()
         assert not races.races_found, "two warpgroups raced for the same memory"
