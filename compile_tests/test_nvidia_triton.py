@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from compile_tests.nvidia import GPUS, compile_for, offset_widths, resources
+from compile_tests.nvidia import GPUS, SERVERS, compile_for, offset_widths, resources
 from pallas_kernels import (
     CompressedSlotMapping,
     merge_attention_states,
@@ -94,7 +94,7 @@ def test_attention_of_a_mixed_batch(name: str, gpu: str) -> None:
     assert memory.temp_size_in_bytes < num_bytes(pages) / 8
 
 
-@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("gpu", SERVERS)
 @pytest.mark.parametrize("kv_format", list(FORMATS))
 def test_attention_of_every_format(kv_format: str, gpu: str) -> None:
     storage, kv_dtype = FORMATS[kv_format]
@@ -107,7 +107,7 @@ def test_attention_of_every_format(kv_format: str, gpu: str) -> None:
         assert memory.temp_size_in_bytes < num_bytes(pages) / 8
 
 
-@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("gpu", SERVERS)
 @pytest.mark.parametrize("block_size", [8, 32, 64, 128, 256])
 def test_attention_of_every_block_size(block_size: int, gpu: str) -> None:
     shape = SHAPES["Llama-3-8B"]
@@ -123,7 +123,56 @@ def test_attention_in_float32(head_dim: int, gpu: str) -> None:
     compile_for(gpu, attend(shape), *attention_arguments(shape, pages, tokens=256, seqs=8, dtype=jnp.float32))
 
 
+# Dtypes of q and of the pages, heads of a group, queries of a sequence.
+WIDEST = [
+    ("bfloat16", "bfloat16", 4, 256),
+    ("float32", "float32", 4, 256),
+    ("bfloat16", "int8", 4, 256),
+    ("float32", "int8", 4, 256),
+    ("bfloat16", "bfloat16", 16, 4),
+    ("float32", "float32", 16, 4),
+    ("bfloat16", "bfloat16", 128, 1),
+    ("float32", "float32", 128, 1),
+]
+
+
 @pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("head_dim", [256, 384, 512])
+@pytest.mark.parametrize(("q_dtype", "kv_dtype", "group", "queries"), WIDEST)
+def test_a_tile_has_room_in_shared_memory_or_is_refused(
+    q_dtype: str, kv_dtype: str, group: int, queries: int, head_dim: int, gpu: str
+) -> None:
+    """Refused while it is traced: then another form serves. An error of the compiler nobody catches."""
+    shape = AttentionShape(2 * group, 2, head_dim, 1)
+    arguments = attention_arguments(
+        shape, pages_of(shape, kv_dtype), tokens=8 * queries, seqs=8, dtype=jnp.dtype(q_dtype)
+    )
+
+    def call(q: Any, k: Any, v: Any, tables: Any, lens: Any, loc: Any) -> Any:
+        return paged_attention(q, k, v, tables, lens, loc, max_query_len=queries, **TRITON)
+
+    try:
+        compile_for(gpu, call, *arguments)
+    except NotImplementedError as reason:
+        refused = str(reason)
+    else:
+        return
+    assert "bytes of shared memory, of which a program on" in refused
+    # What many rows of one sequence share is one tile; others can be made smaller.
+    assert group * queries in (64, 128)
+    assert (head_dim, q_dtype) != (256, "bfloat16")
+
+
+@pytest.mark.parametrize("precision", ["highest", "tensorfloat32", "BF16_BF16_F32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_products_are_not_those_of_the_configuration(dtype: str, precision: str) -> None:
+    shape = SHAPES["Llama-3-8B"]
+    arguments = attention_arguments(shape, pages_of(shape, dtype), tokens=256, seqs=8, dtype=jnp.dtype(dtype))
+    with jax.default_matmul_precision(precision):
+        compile_for("sm_90", attend(shape), *arguments)
+
+
+@pytest.mark.parametrize("gpu", SERVERS)
 @pytest.mark.parametrize("tokens", [64, 2048])
 def test_attention_with_every_option(tokens: int, gpu: str) -> None:
     shape = SHAPES["Llama-3-8B"]
@@ -148,7 +197,7 @@ def test_attention_with_every_option(tokens: int, gpu: str) -> None:
     compile_for(gpu, call, arguments, array((), jnp.int32), traced)
 
 
-@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("gpu", SERVERS)
 @pytest.mark.parametrize(
     ("name", "kv_format"),
     [(UNSPILLED[0], kv_format) for kv_format in FORMATS]
@@ -166,7 +215,7 @@ def test_no_register_is_spilled(name: str, kv_format: str, gpu: str, tmp_path: P
         assert len(found) == (1 if tokens == 64 else 2)
 
 
-@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("gpu", SERVERS)
 @pytest.mark.parametrize("kv_format", ["bfloat16", "e4m3-bits"])
 def test_no_register_is_spilled_where_columns_have_positions(kv_format: str, gpu: str, tmp_path: Path) -> None:
     storage, kv_dtype = FORMATS[kv_format]
@@ -184,7 +233,7 @@ def test_no_register_is_spilled_where_columns_have_positions(kv_format: str, gpu
     assert [kernel for kernel in found if kernel.spilled_bytes] == []
 
 
-@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("gpu", SERVERS)
 @pytest.mark.parametrize("kv_format", list(FORMATS))
 @pytest.mark.parametrize("name", ["Llama-3-8B", "Llama-3.2-1B", "StableLM-3B", "Phi-3-mini", "Gemma-3-1B"])
 def test_write_is_in_place(name: str, kv_format: str, gpu: str, tmp_path: Path) -> None:
@@ -210,7 +259,7 @@ def test_write_is_in_place(name: str, kv_format: str, gpu: str, tmp_path: Path) 
     assert not any(kernel.spilled_bytes for kernel in resources(tmp_path / "0", gpu))
 
 
-@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("gpu", SERVERS)
 @pytest.mark.parametrize("kv_format", ONE_BYTE)
 def test_attention_over_2_to_4_gib_of_bytes(kv_format: str, gpu: str, tmp_path: Path) -> None:
     """Read two by two: no copy, nothing spilled, and every address is its page's base and a 64-bit number of bytes."""
@@ -229,7 +278,7 @@ def test_attention_over_2_to_4_gib_of_bytes(kv_format: str, gpu: str, tmp_path: 
                 assert offset_widths(dump, kernel.name, k_or_v) == {2}
 
 
-@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("gpu", SERVERS)
 @pytest.mark.parametrize("kv_format", ONE_BYTE)
 def test_write_into_2_to_4_gib_of_bytes(kv_format: str, gpu: str, tmp_path: Path) -> None:
     storage, kv_dtype = FORMATS[kv_format]
@@ -248,7 +297,7 @@ def test_write_into_2_to_4_gib_of_bytes(kv_format: str, gpu: str, tmp_path: Path
         assert offset_widths(tmp_path, kernel.name, k_or_v) == {2}
 
 
-@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("gpu", SERVERS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "uint8", "float8_e4m3fn"])
 @pytest.mark.parametrize("name", ["Llama-3-8B", "StableLM-3B", "Gemma-3-1B"])
 def test_copy_and_gather(name: str, dtype: str, gpu: str) -> None:
@@ -264,7 +313,7 @@ def test_copy_and_gather(name: str, dtype: str, gpu: str) -> None:
     assert gathered.temp_size_in_bytes < 1 << 16
 
 
-@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("gpu", SERVERS)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_merge(head_dim: int, gpu: str) -> None:
     for dtype in (jnp.float32, jnp.bfloat16):
@@ -272,7 +321,7 @@ def test_merge(head_dim: int, gpu: str) -> None:
         compile_for(gpu, lambda outs, lses: merge_attention_states(outs, lses, **TRITON), outs, lses)
 
 
-@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("gpu", SERVERS)
 @pytest.mark.parametrize("tokens", [64, 2048])
 def test_a_scan_over_layers_carries_the_pages_in_place(tokens: int, gpu: str) -> None:
     """Copy, write, attend and gather in every layer of a scan; K and V are one buffer each from end to end."""

@@ -178,6 +178,22 @@ def test_merge(name: str, states: int, dtype: Any, tpu: str) -> None:
     compile_for(tpu, lambda outs, lses: merge_attention_states(outs, lses, **MOSAIC), outs, f32(*outs.shape[:-1]))
 
 
+def test_pages_of_float16_are_moved_by_xla() -> None:
+    pools = pool(SHAPES["Llama-3-8B"], jnp.float16)
+    move = lambda pools, src, dst: (paged_copy(pools, src, dst), paged_gather(pools[0], dst))  # noqa: E731
+    compile_for("v5e", move, pools, i32(64), i32(64), donate=(0,))
+
+
+@pytest.mark.parametrize("precision", ["highest", "tensorfloat32", "BF16_BF16_F32"])
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+def test_products_are_not_those_of_the_configuration(name: str, precision: str) -> None:
+    shape = SHAPES["Llama-3-8B"]
+    pools, q = pool(shape, FORMATS[name][0]), array((64, shape.q_heads, shape.head_dim), FORMATS[name][0])
+    attend = lambda pools, q, *lens: paged_attention(q, *pools, *lens, **MOSAIC)  # noqa: E731
+    with jax.default_matmul_precision(precision):
+        compile_for("v5e", attend, pools, q, i32(64, 16), i32(64))
+
+
 @pytest.mark.parametrize("shape", [(64, 8, 16, 64), (64, 8, 16, 80), (64, 8, 4, 128)])
 def test_pages_that_a_call_would_copy_are_refused(shape: tuple[int, ...]) -> None:
     gather = lambda pages, ids: paged_gather(pages, ids, **MOSAIC)  # noqa: E731

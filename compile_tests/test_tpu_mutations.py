@@ -150,8 +150,8 @@ MUTATIONS = [
         "paged_write-swapped-scales",
         "paged_write",
         "paged_write.mosaic_tpu",
-        "scales[part, head]",
-        "scales[1 - part, head]",
+        "values / scales[part, head]",
+        "values / scales[1 - part, head]",
     ),
     Mutation(
         "paged_write-window-off-by-one",

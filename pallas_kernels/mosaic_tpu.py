@@ -29,7 +29,7 @@ IN_FLIGHT = 16
 
 
 def require_arithmetic(*dtypes: Any) -> None:
-    """TPUs compute in each of ``dtypes``.
+    """TPUs compute in each of ``dtypes``; they have no vectors of others, not even to move them.
 
     Raises:
         NotImplementedError: one of them is 16 bits but not bfloat16, or 64 bits.

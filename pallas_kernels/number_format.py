@@ -64,7 +64,7 @@ def encode(values: jax.Array, storage: Any, kv_dtype: jnp.dtype) -> jax.Array:
     """
     if kv_dtype == jnp.int8:
         rounded = jnp.clip(jnp.round(values.astype(jnp.float32)), -128, 127)
-        encoded = jnp.where(jnp.isnan(rounded), 0, rounded).astype(jnp.int8)
+        encoded = jnp.where(jnp.isnan(values), 0, rounded).astype(jnp.int8)  # not every min and max keeps a NaN
     elif kv_dtype.itemsize == 1:
         largest = float(jnp.finfo(kv_dtype).max)
         encoded = jnp.clip(values.astype(jnp.float32), -largest, largest).astype(kv_dtype)

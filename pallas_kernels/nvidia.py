@@ -15,6 +15,8 @@ _CAPABILITIES = (
     (("L4", "L40", "L40S", "RTX 4090", "RTX 6000 Ada"), 89),
 )
 _OLDEST = 80
+# Of a thread block that asks for all it can have (CUDA Programming Guide); 101,376 on those not here: 8.6, 8.9, 12.0.
+_SHARED_MEMORY = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Gpu:
     capability: int
     cores: int
     interpret: bool = False
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes that one program can have."""
+        return _SHARED_MEMORY.get(self.capability, 101_376)
 
     @property
     def converts_fp8(self) -> bool:

@@ -25,16 +25,18 @@ def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array,
     return merge_states(outs, lses, outs.dtype, gpu)
 
 
-def merge_states(outs: jax.Array, lses: jax.Array, dtype: Any, gpu: Gpu) -> tuple[jax.Array, jax.Array]:
-    """The same, into outputs of ``dtype``."""
+def merge_states(
+    outs: jax.Array, lses: jax.Array, dtype: Any, gpu: Gpu, *, keep_nan: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The same, into outputs of ``dtype``. With ``keep_nan``, an LSE of NaN makes NaN of the merged state."""
     shape = {"states": next_power_of_2(outs.shape[0]), "head_dim": outs.shape[-1]}
     chosen = parameters("merge_attention_states", "triton", gpu.kind, shape, HEURISTIC)
-    return _merge(outs, lses, dtype=jnp.dtype(dtype), gpu=gpu, **chosen)
+    return _merge(outs, lses, dtype=jnp.dtype(dtype), gpu=gpu, keep_nan=keep_nan, **chosen)
 
 
-@partial(jax.jit, static_argnames=("dtype", "gpu", "numbers", "num_warps"))
+@partial(jax.jit, static_argnames=("dtype", "gpu", "keep_nan", "numbers", "num_warps"))
 def _merge(
-    outs: jax.Array, lses: jax.Array, *, dtype: jnp.dtype, gpu: Gpu, numbers: int, num_warps: int
+    outs: jax.Array, lses: jax.Array, *, dtype: jnp.dtype, gpu: Gpu, keep_nan: bool, numbers: int, num_warps: int
 ) -> tuple[jax.Array, jax.Array]:
     states, *batch, head_dim = outs.shape
     total = math.prod(batch)
@@ -42,7 +44,7 @@ def _merge(
         return jnp.zeros(outs.shape[1:], dtype), jnp.full(batch, -jnp.inf, jnp.float32)
     rows = next_power_of_2(max(numbers // next_power_of_2(head_dim), 1))
     out, lse = pl.pallas_call(
-        partial(merge_rows, rows=rows),
+        partial(merge_rows, rows=rows, keep_nan=keep_nan),
         out_shape=(
             jax.ShapeDtypeStruct((total, head_dim), dtype),
             jax.ShapeDtypeStruct((total,), jnp.float32),
@@ -55,7 +57,7 @@ def _merge(
     return out.reshape(*batch, head_dim), lse.reshape(batch)
 
 
-def merge_rows(outs: Any, lses: Any, out: Any, lse: Any, *, rows: int) -> None:
+def merge_rows(outs: Any, lses: Any, out: Any, lse: Any, *, rows: int, keep_nan: bool) -> None:
     """Refs: outs [states, rows, d], lses f32[states, rows], out [rows, d], lse f32[rows].
 
     Rows past the end are the last one again: computed twice, written twice, alike.
@@ -66,7 +68,8 @@ def merge_rows(outs: Any, lses: Any, out: Any, lse: Any, *, rows: int) -> None:
 
     def read(state: Any) -> jax.Array:
         value = lses[state, row]
-        return jnp.where(jnp.abs(value) < jnp.inf, value, -jnp.inf)  # +inf and NaN count as -inf too
+        counts = jnp.abs(value) < jnp.inf  # +inf and NaN count as -inf too
+        return jnp.where(counts | (value != value) if keep_nan else counts, value, -jnp.inf)
 
     highest = jax.lax.fori_loop(
         0, states, lambda i, so_far: jnp.maximum(so_far, read(i)), jnp.full(rows, -jnp.inf, jnp.float32)

@@ -23,6 +23,7 @@ from pallas_kernels.paged_attention.work_items import Sequences
 from pallas_kernels.tuning import parameters
 
 HEAD_DIMS = (64, 128)
+_MOST_TILES = 2**16 - 1  # of the second axis of a grid, in CUDA
 _TWO_BYTES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
@@ -56,8 +57,8 @@ def paged_attention(
         raise NotImplementedError(f"q of {q.dtype} and pages of {options['kv_dtype']}: wgmma wants one dtype of both")
     if interpret is None:
         _require_hardware(q, k_pages, v_pages, v_head_dim)
-    chosen = _choose_steps(gpu, q, k_pages)
-    _require_steps(chosen, k_pages)
+    chosen = _choose_steps(gpu, q, k_pages, v_head_dim)
+    _require_steps(chosen, k_pages, interpret)
     form = LongByMosaic(chosen, interpret)
     few = choose_parameters(gpu, q, k_pages, options["kv_dtype"])
     return triton.attend(
@@ -82,18 +83,20 @@ def _require_hardware(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, v_he
             raise NotImplementedError(f"pages {pages.shape}: TMA counts rows of tokens in 31 bits")
 
 
-def _require_steps(chosen: Steps, k_pages: jax.Array) -> None:
+def _require_steps(chosen: Steps, k_pages: jax.Array, interpret: Any) -> None:
     block_size = k_pages.shape[2]
     keys = chosen.prefill_keys
+    if keys % 128 and interpret is None:
+        raise NotImplementedError(f"{keys} keys a step: the producer's 128 threads take as many positions each")
     if keys % block_size and block_size % keys:
         raise NotImplementedError(f"block_size {block_size} neither divides nor is divided by {keys} keys a step")
 
 
-def _choose_steps(gpu: Gpu, q: jax.Array, k_pages: jax.Array) -> Steps:
+def _choose_steps(gpu: Gpu, q: jax.Array, k_pages: jax.Array, v_head_dim: int) -> Steps:
     """From the tuning table, or 128 keys at a time, as often as fit beside the queries and the output."""
     group, head_dim = q.shape[1] // k_pages.shape[1], q.shape[2]
     shape = {"group": group, "head_dim": head_dim, "block_size": k_pages.shape[2]}
-    rule = {"prefill_keys": 128, "prefill_stages": 2 if head_dim > 64 else 4, "take_turns": 1}
+    rule = {"prefill_keys": 128, "prefill_stages": 2 if max(head_dim, v_head_dim) > 64 else 4, "take_turns": 1}
     partner = [field.name for field in dataclasses.fields(Parameters)]
     return Steps(**parameters("paged_attention", "mosaic_gpu", gpu.kind, shape, rule, partner))
 
@@ -133,6 +136,8 @@ class LongByMosaic:
         tiles = tiles_of_long(
             sequences, tables, of.visibility, of.tokens, more_than=few, queries=kernel.queries_a_tile, keys=kernel.keys
         )
+        if len(tiles.sequence) > _MOST_TILES:
+            raise NotImplementedError(f"{len(tiles.sequence)} tiles of queries at most, and a grid has {_MOST_TILES}")
         spare = _whole_rows(of.tokens) - of.tokens
         inputs = Inputs(
             q=jnp.pad(given.q, ((0, spare), (0, 0), (0, 0))),

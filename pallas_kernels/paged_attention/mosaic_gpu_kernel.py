@@ -410,7 +410,7 @@ class Consumer(NamedTuple):
         """Normalise and store; the next sequence's rows begin where these end, so a part of a tile goes by rows."""
         kernel, memory = self.kernel, self.memory
         factor = self.given.factors[1, lax.div(self.head, kernel.group)]
-        factor = jnp.where(softmax.total > 0, factor / softmax.total, 0.0)
+        factor = jnp.where(softmax.total == 0, 0.0, factor / softmax.total)
         values = (softmax.values * down_rows(factor, softmax.values.shape)).astype(out.dtype)
         base = jnp.where(softmax.highest == -jnp.inf, 0.0, softmax.highest)
         memory.lse.at[self.number][...] = base * (1 / LOG2_E) + jnp.log(softmax.total)

@@ -253,7 +253,8 @@ class _Kernel:
 
     def product(self, left: Any, right: Any, contract: int) -> Any:
         """left [m, x] by right over its dimension ``contract``, in float32."""
-        precision = lax.Precision.HIGHEST if self.plan.compute == jnp.float32 else None
+        # Never None, which is what jax_default_matmul_precision says, and Mosaic multiplies bfloat16 in one way only.
+        precision = lax.Precision.HIGHEST if self.plan.compute == jnp.float32 else lax.Precision.DEFAULT
         dimensions = (((1,), (contract,)), ((), ()))
         return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
 

@@ -24,10 +24,10 @@ from pallas_kernels.paged_attention.context_parallel import ContextParallel
 from pallas_kernels.paged_attention.reference import report_lengths
 from pallas_kernels.paged_attention.triton_items import columns_of, items_of_decode, items_of_long, items_of_short
 from pallas_kernels.paged_attention.triton_kernel import LOG2_E, Kernel, Operands
-from pallas_kernels.paged_attention.triton_parameters import Parameters, choose_parameters
+from pallas_kernels.paged_attention.triton_parameters import Parameters, TileMemory, choose_parameters
 from pallas_kernels.paged_attention.visibility import Visibility
 from pallas_kernels.paged_attention.work_items import Sequences, Tables, report_room
-from pallas_kernels.triton_numbers import viewed
+from pallas_kernels.triton_numbers import multiplied, viewed
 from pallas_kernels.tuning import next_power_of_2
 
 # Rows of a tile up to which a batch counts as decode throughout (speculative decoding checks a few tokens at once).
@@ -161,6 +161,9 @@ class Attention:
         _, self.kv_heads, block_size, _ = given.k_pages.shape
         held = given.block_tables.shape[1] * block_size
         self.longest_context = min(held, max_kv_len or held)
+        kv_dtype = static["kv_dtype"]
+        dot_itemsize = multiplied(given.q.dtype, kv_dtype).itemsize
+        self.memory = TileMemory(gpu, given.q.shape[2], static["v_head_dim"], dot_itemsize, kv_dtype.itemsize)
 
     def of_batch(self, sequences: Sequences, longest: int) -> tuple[jax.Array, jax.Array]:
         """(out [tokens, q_heads, v_head_dim], lse) of a ragged batch."""
@@ -182,11 +185,13 @@ class Attention:
         """(out [seqs, kv_heads, few * group, v_head_dim], lse) of sequences of at most ``few`` queries each."""
         seqs, num_rows = self.given.block_tables.shape[0], few * self.static["group"]
         splits = self.chosen.splits(self.gpu, seqs * self.kv_heads, self.longest_context)
+        rows = max(next_power_of_2(num_rows), 16)
+        rows, keys = self.memory.fit(rows, self.chosen.decode_keys, fewest_rows=rows)
         kernel = Kernel(
-            rows=max(next_power_of_2(num_rows), 16),
-            keys=self.chosen.decode_keys,
+            rows=rows,
+            keys=keys,
             splits=splits,
-            fewest_steps=max(self.chosen.fewest_keys // self.chosen.decode_keys, 1),
+            fewest_steps=max(self.chosen.fewest_keys // keys, 1),
             one_position=few == 1,
             by_item=True,
             **self.static,
@@ -208,16 +213,17 @@ class Attention:
             # Sequences that are no item were not written; their rows are dropped, but merging them must be safe.
             idle = (items[:, 3] == 0)[:, None, None]
             lse = jnp.where(idle, -jnp.inf, lse)
-        return (out, lse) if splits == 1 else merge_states(out, lse, given.q.dtype, self.gpu)
+        return (out, lse) if splits == 1 else merge_states(out, lse, given.q.dtype, self.gpu, keep_nan=True)
 
     def of_long(self, sequences: Sequences, few: int) -> tuple[jax.Array, jax.Array]:
         """(out [tokens, q_heads, v_head_dim], lse); rows of sequences of at most ``few`` queries are not written."""
         group = self.static["group"]
         rows = min(self.chosen.prefill_rows, max(next_power_of_2(self.tokens * group), 16))
+        rows, keys = self.memory.fit(rows, self.chosen.prefill_keys, fewest_rows=16)
         items = items_of_long(sequences, self.tokens, more_than=few, group=group, rows=rows)
         kernel = Kernel(
             rows=rows,
-            keys=self.chosen.prefill_keys,
+            keys=keys,
             splits=1,
             fewest_steps=1,
             one_position=False,

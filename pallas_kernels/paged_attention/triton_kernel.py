@@ -199,14 +199,14 @@ class Kernel:
 
     def write(self, given: Operands, out: Any, lse: Any, tile: Tile, softmax: Softmax) -> None:
         """Normalise and store. Rows past the last one repeat it, and store the same numbers to the same place."""
-        factor = given.factors[1, tile.kv_head] / jnp.where(softmax.total > 0, softmax.total, 1.0)
+        factor = given.factors[1, tile.kv_head] / jnp.where(softmax.total == 0, 1.0, softmax.total)  # a NaN stays one
         if self.by_item:
             place: tuple[Any, ...] = (tile.item, tile.kv_head, tile.row)
             place = place if self.splits == 1 else (tile.split, *place)
         else:
             place = (tile.token, tile.head)
         for dims, values in zip(powers_of_2(self.v_head_dim), softmax.values, strict=True):
-            seen = jnp.where((softmax.total > 0)[:, None], values * factor[:, None], 0.0)
+            seen = jnp.where((softmax.total == 0)[:, None], 0.0, values * factor[:, None])
             out[(*place, dims)] = seen.astype(out.dtype)
         base = jnp.where(softmax.highest == -jnp.inf, 0.0, softmax.highest)
         lse[place] = base * (1 / LOG2_E) + jnp.log(softmax.total)
@@ -350,5 +350,6 @@ class Tile(NamedTuple):
 def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
     """``a @ b``, or ``a @ b.T``, in float32; float32 numbers are multiplied as such, not as tf32."""
     contract = ((1,), (1 if transposed else 0,))
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    # Never None, which is what jax_default_matmul_precision says.
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)

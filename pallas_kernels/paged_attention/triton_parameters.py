@@ -18,7 +18,7 @@ class Parameters:
 
     Attributes:
         decode_keys, prefill_keys: of a step.
-        prefill_rows: of a tile; decode takes as few as hold a sequence.
+        prefill_rows: of a tile; decode takes as few as hold a sequence. See ``TileMemory.fit`` for all three.
         decode_warps, prefill_warps, decode_stages, prefill_stages: for the compiler.
         programs_per_core: decode is split over the keys until there are so many programs a core.
         fewest_keys: of a split, where there are so many.
@@ -39,6 +39,54 @@ class Parameters:
         wanted = -(-self.programs_per_core * gpu.cores // programs)
         possible = -(-longest_context // self.fewest_keys)
         return max(min(wanted, possible, 128), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TileMemory:
+    """What a tile takes of fast memory: the compiler says so only when it is too late for another form.
+
+    Attributes:
+        gpu: that it is for.
+        head_dim, v_head_dim: logical sizes.
+        dot_itemsize, kv_itemsize: bytes of a number as it is multiplied, and as it is stored.
+    """
+
+    gpu: Gpu
+    head_dim: int
+    v_head_dim: int
+    dot_itemsize: int
+    kv_itemsize: int
+
+    def most(self, rows: int, keys: int) -> int:
+        """Bytes at most, for any number of stages: queries, a step of K and V, weights."""
+        # wgmma and its successor read K and V from where they arrive, so that a second step needs room of its own.
+        steps = 2 if self.gpu.capability in (90, 100, 103) and rows >= 64 and self.dot_itemsize == 2 else 1
+        steps = steps if self.kv_itemsize == self.dot_itemsize else 1
+        numbers = rows * self.head_dim + steps * keys * (self.head_dim + self.v_head_dim) + rows * keys
+        return numbers * self.dot_itemsize + 1024
+
+    def fit(self, rows: int, keys: int, *, fewest_rows: int) -> tuple[int, int]:
+        """(rows, keys), or as many as there is room for: fewer keys first, then fewer rows.
+
+        Raises:
+            NotImplementedError: there is no room for ``fewest_rows`` and 16 keys.
+        """
+        while not self.has_room(rows, keys) and keys > 16:
+            keys //= 2
+        while not self.has_room(rows, keys) and rows > fewest_rows:
+            rows //= 2
+        if not self.has_room(rows, keys):
+            raise NotImplementedError(
+                f"{rows} rows of head_dim {self.head_dim} and v_head_dim {self.v_head_dim}: a tile of them takes up to "
+                f"{self.most(rows, keys)} bytes of shared memory, of which a program on {self.gpu.kind} has "
+                f"{self.gpu.shared_memory}, or its sums more than there is of tensor memory"
+            )
+        return rows, keys
+
+    def has_room(self, rows: int, keys: int) -> bool:
+        # Sums of 128 rows take one of Blackwell's 512 columns of tensor memory for each number.
+        sums = self.v_head_dim + keys if self.gpu.capability in (100, 103) and rows >= 128 else 0
+        return sums <= 512 and self.most(rows, keys) <= self.gpu.shared_memory
 
 
 def choose_parameters(gpu: Gpu, q: jax.Array, k_pages: jax.Array, kv_dtype: Any) -> Parameters:

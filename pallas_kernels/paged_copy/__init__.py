@@ -32,7 +32,7 @@ def paged_copy(pages: Pages, src: jax.Array, dst: jax.Array, *, implementation: 
         pages: one array [pages, kv_heads, block_size, head_dim], or any pytree of such arrays (K and V, say)
             with one number of pages; each is copied alike.
         src: i32[n]; -1: this pair is ignored. Ids may repeat.
-        dst: i32[n]; -1: this pair is ignored. The others must be distinct; of equal ones, one wins.
+        dst: i32[n]; -1: this pair is ignored. The others must be distinct; of equal ones any wins, or each in part.
         implementation: a form, a sequence of forms to try in turn, or None for the best possible here.
 
     Returns:

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mosaic_tpu import compiler_params, copy_in_flight, id_pieces, require_tiles, transfers_at_a_time
+from pallas_kernels.mosaic_tpu import (
+    compiler_params,
+    copy_in_flight,
+    id_pieces,
+    require_arithmetic,
+    require_tiles,
+    transfers_at_a_time,
+)
 from pallas_kernels.page_ids import report_out_of_range
 from pallas_kernels.tpu import Tpu, target_tpu
 
@@ -19,6 +26,7 @@ def paged_copy(pages: Any, src: jax.Array, dst: jax.Array) -> Any:
     """``pages[dst] = pages[src]`` on every leaf; see the public function."""
     tpu = target_tpu()
     leaves = jax.tree.leaves(pages)
+    require_arithmetic(*(leaf.dtype for leaf in leaves))
     require_tiles(*leaves, tpu=tpu)
     return _copy(pages, src, dst, tpu=tpu, in_flight=transfers_at_a_time("paged_copy", tpu, leaves[0]))
 

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mosaic_tpu import compiler_params, copy_in_flight, id_pieces, require_tiles, transfers_at_a_time
+from pallas_kernels.mosaic_tpu import (
+    compiler_params,
+    copy_in_flight,
+    id_pieces,
+    require_arithmetic,
+    require_tiles,
+    transfers_at_a_time,
+)
 from pallas_kernels.page_ids import report_out_of_range
 from pallas_kernels.tpu import Tpu, target_tpu
 
@@ -18,6 +25,7 @@ from pallas_kernels.tpu import Tpu, target_tpu
 def paged_gather(pages: jax.Array, ids: jax.Array) -> jax.Array:
     """``pages[ids]``, zeros where the id is no page; see the public function."""
     tpu = target_tpu()
+    require_arithmetic(pages.dtype)
     require_tiles(pages, tpu=tpu)
     return _gather(pages, ids, tpu=tpu, in_flight=transfers_at_a_time("paged_gather", tpu, pages))
 

@@ -55,7 +55,8 @@ def paged_write(
         slot_mapping: i32[T], the slot of each token, -1: dropped; or runs i32[n, 3] of (first_slot,
             first_token, length): tokens first_token, +1, ... go to slots first_slot, +1, ...; length 0 or
             first_slot -1 is padding, and the lengths add up to T at most; or a ``CompressedSlotMapping`` of at
-            most T tokens, whose blocks are one page each or several. Slots must be distinct; of equal ones, one wins.
+            most T tokens, whose blocks are one page each or several. Slots must be distinct; of equal ones any
+            wins, or each in part.
         k_scale: None (1), or a traced scale [] or [kv_heads]: what is stored is ``k / k_scale``.
         v_scale: likewise for v.
         kv_dtype: logical dtype of the pages: float32, bfloat16, float16, int8, float8_e4m3fn or float8_e5m2.

@@ -154,7 +154,8 @@ def _write(
     runs = Runs.create(slots, tokens, strip_rows)
     k_rows, v_rows = (_by_head(x, pages.shape[3], strip_rows) for x, pages in ((k, k_pages), (v, v_pages)))
     scales = jnp.stack([jnp.broadcast_to(1.0 if s is None else per_head(s), kv_heads) for s in (k_scale, v_scale)])
-    kernel = partial(_kernel, widths=(k.shape[2], v.shape[2]), kv_dtype=kv_dtype)
+    scaled = (k_scale is not None, v_scale is not None)
+    kernel = partial(_kernel, widths=(k.shape[2], v.shape[2]), scaled=scaled, kv_dtype=kv_dtype)
     for first in range(0, slots.size, MAX_RUNS):
         part = runs.part(first, MAX_RUNS)
         k_pages, v_pages = _write_runs(kernel, part, scales, k_rows, v_rows, k_pages, v_pages, strip_rows, tpu)
@@ -237,6 +238,7 @@ def _kernel(
     v_new: Any,
     *,
     widths: tuple[int, int],
+    scaled: tuple[bool, bool],
     kv_dtype: jnp.dtype,
 ) -> None:
     """One run: slot, token, length i32[tokens], scales f32[2, kv_heads]; window halves [kv_heads, rows, width]; strips
@@ -257,7 +259,9 @@ def _kernel(
         parts = ((k_low, k_high, k_new, widths[0]), (v_low, v_high, v_new, widths[1]))
         for part, (low, high, strip, width) in enumerate(parts):
             window = jnp.concatenate([low[head], high[head]]).astype(jnp.float32)
-            values = pltpu.roll(window, 2 * rows - shift, 0)[:rows] / scales[part, head]
+            values = pltpu.roll(window, 2 * rows - shift, 0)[:rows]
+            if scaled[part]:  # a TPU divides by way of a reciprocal, which need not leave a number alone
+                values = values / scales[part, head]
             row = lax.broadcasted_iota(jnp.int32, values.shape, 0)
             lane = lax.broadcasted_iota(jnp.int32, values.shape, 1)
             mine = (row >= first_row) & (row < first_row + length[i]) & (lane < width)

@@ -71,6 +71,23 @@ def check_attention(form: Form, case: AttentionCase) -> None:
     chex.assert_trees_all_close(lse.astype(np.float64), inputs.lse, atol=1e-4, rtol=1e-4)
 
 
+def check_nan(form: Form) -> None:
+    """A key of NaN makes NaN of whatever sees it, and of nothing else: it is in sight where something went wrong."""
+    case = AttentionCase("nan", kv_lens=(9, 300, 40), query_lens=(1, 1, 40), block_size=8)
+    inputs = attention_inputs.make_inputs(case)
+    given = {**inputs.arguments, "k_pages": inputs.arguments["k_pages"].copy()}
+    group, sees = case.q_heads // case.kv_heads, np.zeros(inputs.lse.shape, bool)
+    for sequence, position in ((1, 250), (2, 17)):
+        page = given["block_tables"][sequence, position // case.block_size]
+        given["k_pages"][page, -1, position % case.block_size, 0] = np.nan
+        first, end = given["query_start_loc"][sequence : sequence + 2]
+        seen_by = np.arange(first, end) >= end - case.kv_lens[sequence] + position
+        sees[first:end, -group:] = seen_by[:, None]
+    out, lse = attend(form, given)
+    chex.assert_trees_all_close(lse, np.where(sees, np.nan, inputs.lse), atol=1e-4, rtol=1e-4)
+    chex.assert_trees_all_close(out, np.where(sees[..., None], np.nan, inputs.out), atol=2e-5, rtol=2e-5)
+
+
 def check_gather(form: Form, case: GatherCase) -> None:
     pages, ids = pages_of(case), np.array(case.ids, np.int32)
     chex.assert_trees_all_equal(bits(run(form, pages, ids)), numpy_reference.paged_gather(bits(pages), ids))

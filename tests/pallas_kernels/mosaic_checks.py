@@ -42,3 +42,8 @@ check_copy = _interpreted(form_checks.check_copy)
 check_write = _interpreted(form_checks.check_write)
 check_merge = _interpreted(form_checks.check_merge)
 check_attention = _interpreted(form_checks.check_attention)
+
+
+def check_nan(form: Form) -> None:
+    with interpreted():
+        form_checks.check_nan(form)

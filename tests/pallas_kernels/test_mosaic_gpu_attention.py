@@ -20,7 +20,7 @@ from pallas_kernels.paged_attention.visibility import Visibility
 from pallas_kernels.paged_attention.work_items import Sequences, Tables
 from tests.pallas_kernels.attention_cases import AttentionCase
 from tests.pallas_kernels.attention_inputs import make_inputs
-from tests.pallas_kernels.form_checks import check_attention
+from tests.pallas_kernels.form_checks import check_attention, check_nan
 from tests.pallas_kernels.gpu import needs_gpu
 from tests.pallas_kernels.mosaic_gpu_checks import ALL, DEFAULT, MINUTES, check, interpreted
 
@@ -34,6 +34,11 @@ H100 = ("NVIDIA H100 80GB HBM3", 132)
 @pytest.mark.parametrize("name", DEFAULT)
 def test_against_float64_interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(ALL[name], monkeypatch)
+
+
+def test_nan_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with interpreted(monkeypatch):
+        check_nan(mosaic_gpu.paged_attention)
 
 
 ON_A_GPU = [(name, "bfloat16", 128) for name in ALL] + [(name, "float16", 64) for name in DEFAULT + MINUTES]

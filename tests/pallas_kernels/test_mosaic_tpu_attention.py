@@ -16,7 +16,7 @@ from pallas_kernels.tuning import forced
 from tests.pallas_kernels.attention_cases import CASES, AttentionCase
 from tests.pallas_kernels.attention_inputs import make_inputs
 from tests.pallas_kernels.form_checks import QUICKLY
-from tests.pallas_kernels.mosaic_checks import STRICT, check_attention, interpreted
+from tests.pallas_kernels.mosaic_checks import STRICT, check_attention, check_nan, interpreted
 
 ALL = {case.name: case for case in CASES}
 
@@ -40,6 +40,10 @@ WIDE = [
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_against_float64(name: str) -> None:
     check_attention(mosaic_tpu.paged_attention, ALL[name])
+
+
+def test_nan() -> None:
+    check_nan(mosaic_tpu.paged_attention)
 
 
 @pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)

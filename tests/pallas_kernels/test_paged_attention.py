@@ -15,6 +15,7 @@ from pallas_kernels import checking, merge_attention_states, paged_attention
 from pallas_kernels.paged_attention import reference
 from tests.pallas_kernels.attention_cases import CASES, AttentionCase
 from tests.pallas_kernels.attention_inputs import make_inputs
+from tests.pallas_kernels.form_checks import check_nan
 from tests.pallas_kernels.implementations import IMPLEMENTATIONS, skip_what_it_has_not
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
@@ -36,6 +37,10 @@ def test_against_float64(case: AttentionCase, implementation: str) -> None:
 
 def test_case_names_are_distinct() -> None:
     assert len(CASE) == len(CASES)
+
+
+def test_nan() -> None:
+    check_nan(reference.paged_attention)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

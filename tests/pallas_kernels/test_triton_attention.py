@@ -21,7 +21,7 @@ from pallas_kernels.paged_attention import triton
 from pallas_kernels.tuning import forced
 from tests.pallas_kernels.attention_cases import CASES, AttentionCase
 from tests.pallas_kernels.attention_inputs import make_inputs
-from tests.pallas_kernels.form_checks import QUICKLY, SMALL_TILES, check_attention
+from tests.pallas_kernels.form_checks import QUICKLY, SMALL_TILES, check_attention, check_nan
 from tests.pallas_kernels.gpu import needs_gpu
 
 MIXED: dict[str, Any] = {"kv_lens": (5, 33, 20, 64, 16), "query_lens": (5, 1, 20, 3, 1)}
@@ -91,6 +91,18 @@ def test_against_float64_interpreted(name: str) -> None:
 @pytest.mark.parametrize("case", MORE_CASES, ids=lambda case: case.name)
 def test_against_float64_on_a_gpu(case: AttentionCase) -> None:
     check_attention(triton.paged_attention, case)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("programs_per_core", [1, 100])
+def test_nan_interpreted(programs_per_core: int) -> None:
+    with forced("paged_attention", programs_per_core=programs_per_core):
+        check_nan(triton.paged_attention)
+
+
+@needs_gpu
+def test_nan_on_a_gpu() -> None:
+    check_nan(triton.paged_attention)
 
 
 @pytest.mark.usefixtures("interpreted")
