@@ -118,6 +118,21 @@ def test_what_the_tuner_tries(take_turns: int, stages: int) -> None:
                 compile_for("sm_90", attend(LLAMA), *arguments, {})
 
 
+@pytest.mark.parametrize("keys", [32, 64])
+def test_steps_smaller_than_a_warpgroup_are_refused(keys: int) -> None:
+    arguments = attention_arguments(LLAMA, pages_of(LLAMA), tokens=2048, seqs=64)
+    refused = pytest.raises(NotImplementedError, match=f"{keys} keys a step")
+    with forced("paged_attention", prefill_keys=keys), refused:
+        compile_for("sm_90", attend(LLAMA), *arguments, {})
+
+
+@pytest.mark.parametrize(("head_dim", "v_head_dim"), [(64, 128), (128, 64)])
+def test_values_of_another_size(head_dim: int, v_head_dim: int) -> None:
+    pages = pages_of(AttentionShape(8, 2, 128, 1))
+    arguments = attention_arguments(AttentionShape(8, 2, head_dim, 1), pages, tokens=512, seqs=8)
+    compile_for("sm_90", attend(AttentionShape(8, 2, head_dim, 1), v_head_dim=v_head_dim), *arguments, {})
+
+
 @pytest.mark.parametrize(("storage", "dtype"), [(jnp.uint16, jnp.bfloat16), (jnp.float16, jnp.float16)], ids=str)
 def test_formats(storage: Any, dtype: Any) -> None:
     arguments = attention_arguments(LLAMA, pages_of(LLAMA, storage), tokens=2048, seqs=64, dtype=dtype)
