@@ -37,8 +37,8 @@ GPUS = {
     "sm_90": Target("sm90.txtpb", "NVIDIA H100 80GB HBM3", 132, "sm_90a"),
     "sm_100": Target("sm100.txtpb", "NVIDIA B200", 148, "sm_100a"),
     # A program has less than half the shared memory there.
-    "sm_89": Target("sm89.txtpb", "NVIDIA RTX 6000 Ada Generation", 142, "sm_89"),
-    "sm_120": Target("sm120.txtpb", "NVIDIA GeForce RTX 5090", 170, "sm_120a"),
+    "sm_89": Target("sm89.txtpb", "NVIDIA L4", 58, "sm_89"),
+    "sm_120": Target("sm120.txtpb", "NVIDIA RTX PRO 6000", 188, "sm_120a"),
 }
 SERVERS = ["sm_80", "sm_90", "sm_100"]
 
