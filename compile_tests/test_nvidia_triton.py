@@ -168,8 +168,11 @@ def test_a_tile_has_room_in_shared_memory_or_is_refused(
 def test_products_are_not_those_of_the_configuration(dtype: str, precision: str) -> None:
     shape = SHAPES["Llama-3-8B"]
     arguments = attention_arguments(shape, pages_of(shape, dtype), tokens=256, seqs=8, dtype=jnp.dtype(dtype))
-    with jax.default_matmul_precision(precision):
-        compile_for("sm_90", attend(shape), *arguments)
+    programs = set()
+    for configured in (None, precision):  # from one line, which stands in the program
+        with jax.default_matmul_precision(configured):
+            programs.add(compile_for("sm_90", attend(shape), *arguments).as_text())
+    assert len(programs) == 1
 
 
 @pytest.mark.parametrize("gpu", SERVERS)

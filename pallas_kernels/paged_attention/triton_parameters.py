@@ -84,6 +84,7 @@ class TileMemory:
         return rows, keys
 
     def has_room(self, rows: int, keys: int) -> bool:
+        """Whether a tile of so many rows and keys fits, as the compilers of jax 0.10.2 and 0.11.2 lay it out."""
         # Sums of 128 rows take one of Blackwell's 512 columns of tensor memory for each number.
         sums = self.v_head_dim + keys if self.gpu.capability in (100, 103) and rows >= 128 else 0
         return sums <= 512 and self.most(rows, keys) <= self.gpu.shared_memory
